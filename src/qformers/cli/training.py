@@ -1,0 +1,56 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from qformers.cli.command import Command, instance, recipe_options
+
+
+def _demo_options(parser: ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="A small run of at most 3 minutes.")
+    size.add_argument("--long", action="store_true", help="A longer run of at most an hour.")
+    parser.add_argument("--output", type=str, default="runs/demo", help="Folder of the report.")
+    parser.add_argument("--seed", type=int, default=0, help="Decides the split, the scenes and the training.")
+
+
+def _demo(options: Namespace) -> None:
+    from qformers.demo.run import run_demo
+
+    size = "quick" if options.quick else "long" if options.long else "standard"
+    run_demo(Path(options.output), size, seed=options.seed)
+
+
+def _train_options(parser: ArgumentParser) -> None:
+    recipe_options(parser)
+    parser.add_argument(
+        "--resume", type=str, help="auto: go on from the run folder's last checkpoint, if there is one."
+    )
+
+
+def _train(options: Namespace) -> None:
+    from qformers.training.config import TrainConfig
+    from qformers.training.loop import train
+
+    train(instance(TrainConfig, options), resume=options.resume)
+
+
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("demo",): Command(
+        "Train on real pictures, evaluate, and write a report: the whole toolkit in one run.",
+        "[--quick | --long] [--output DIR] [--seed N]",
+        "qformers demo --quick --output runs/quick",
+        _demo_options,
+        _demo,
+    ),
+    ("train",): Command(
+        "Train stage 1 as a recipe says; any setting may follow on the command line.",
+        "RECIPE.yaml [--any.setting value ...] [--resume auto] [--print_config]",
+        "qformers train recipes/stage1.yaml --optimiser.lr 2e-4 --resume auto",
+        _train_options,
+        _train,
+    ),
+}

@@ -1,0 +1,55 @@
+"""What a user may choose about data. Light: the command line builds its options from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qformers.errors import ConfigError
+
+Format = Literal["auto", "jsonl", "json", "csv", "parquet", "coco", "karpathy", "imagefolder", "webdataset"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where pictures and captions come from."""
+
+    path: str
+    """A file, a folder or a pattern of shards ("train-*.tar")."""
+    format: Format = "auto"
+    """How to read it; auto goes by the names and the content of the files."""
+    images: str | None = None
+    """The folder that relative image paths start from; default: the caption file's own."""
+    split: str | None = None
+    """A Karpathy split, a sub-folder, or the rows whose "split" column says so."""
+    image_column: str = "image"
+    """Left at its default, "file_name" is found too."""
+    caption_column: str = "caption"
+    """Left at its default, "captions" and "text" are found too."""
+    id_column: str = "image_id"
+    """Same id, same picture. Without such a column the picture's path is its id."""
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How pictures become tensors. Hashable, of plain numbers only: it is part of a feature store's key."""
+
+    image_px: int = 224
+    """Side of the square pictures that the encoder sees."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of the red, green and blue channel on the 0–1 scale: CLIP's."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of the channels: CLIP's."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Range of the training crop's share of the picture's area (LAVIS)."""
+    flip: bool = True
+    """Mirror half of the training crops. Turn it off when captions say "left" and "right"."""
+
+    def __post_init__(self) -> None:
+        if self.image_px < 1:
+            raise ConfigError(f"image_px is {self.image_px}: a picture needs at least 1 pixel")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ConfigError(f"crop_scale is ({low}, {high}): it must satisfy 0 < low <= high <= 1")
+        if min(self.std) <= 0:
+            raise ConfigError(f"std is {self.std}: pictures are divided by it, so it must be above 0")

@@ -1,0 +1,262 @@
+"""Records → examples → batches, with every random choice a function of (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import datasets
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from qformers.data.batch import Batch, BrokenImage
+from qformers.data.images import load_image
+from qformers.data.sources import picture_of
+from qformers.data.text import CaptionTokenizer, clean_caption, pad
+from qformers.data.transforms import TransformConfig, evaluation_transform, train_transform
+from qformers.errors import ConfigError, DataError
+
+
+@runtime_checkable
+class FeatureReader(Protocol):
+    """Frozen features of each record: view 0 by the evaluation transform, the others of random crops."""
+
+    @property
+    def views(self) -> int: ...
+
+    def read(self, index: int, view: int) -> Float[Tensor, "patches vision_dim"]: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture, as pixels or as precomputed features, with one caption's ids (not padded)."""
+
+    input_ids: Int[Tensor, " tokens"]
+    image_id: int
+    name: str
+    pixel_values: Float[Tensor, "3 height width"] | None = None
+    patch_embeds: Float[Tensor, "patches vision_dim"] | None = None
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Every caption of a data set, cleaned, with the position of its picture in `CaptionDataset.images`."""
+
+    texts: list[str]
+    text_to_image: Int[np.ndarray, " texts"]
+    empty: list[str]  # names of the pictures whose captions were left out because nothing was left after cleaning
+
+
+class CaptionDataset(TorchDataset):
+    """Records of `open_source` as training examples, or picture by picture and caption by caption.
+
+    `train` draws one caption, crop, flip and feature view per visit; otherwise a record shows its first
+    caption and the evaluation transform. A picture that cannot be decoded, a caption that is empty after
+    cleaning and one the tokenizer refuses give a BrokenImage, to be counted by BrokenTally.
+    With `features`, no picture is opened; a row that the store refuses is a BrokenImage too.
+    """
+
+    def __init__(
+        self,
+        records: datasets.Dataset,
+        tokenizer: CaptionTokenizer,
+        transform: TransformConfig,
+        train: bool,
+        seed: int = 0,
+        features: FeatureReader | None = None,
+    ) -> None:
+        self.records = records if features is None else records.remove_columns("image")
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.train = train
+        self.seed = seed
+        self.features = features
+        ids = records.select_columns("image_id").with_format("arrow")[:]["image_id"]
+        self.image_ids: Int[np.ndarray, " records"] = (
+            ids.dictionary_encode().combine_chunks().indices.to_numpy().astype(np.int64)
+        )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example | BrokenImage:
+        """The example at `(epoch, index)`."""
+        epoch, index = key
+        record = self.records[index]
+        generator = _generator(self.seed, epoch, index)
+        captions = record["captions"]
+        if not captions:
+            return BrokenImage(record["name"], "it has no caption")
+        chosen = int(generator.integers(len(captions))) if self.train else 0
+        caption = clean_caption(captions[chosen])
+        if not caption:
+            return BrokenImage(record["name"], f"caption {chosen} is empty after cleaning: {captions[chosen]!r}")
+        try:
+            input_ids = torch.tensor(self.tokenizer.encode_one(caption))
+            pictures = self._picture(index, record, generator if self.train else None)
+        except DataError as error:
+            return _broken(record["name"], error)
+        return Example(input_ids, int(self.image_ids[index]), record["name"], **pictures)
+
+    def images(self) -> ImageView:
+        """Every distinct picture once, for retrieval evaluation."""
+        return ImageView(self)
+
+    def captions(self) -> Captions:
+        """Every caption of every record; those of records that share an image id lead to the same picture."""
+        texts, positions, empty = [], [], []
+        order = {int(self.image_ids[index]): position for position, index in enumerate(self.first_records)}
+        rows = self.records.select_columns(["captions", "name"]).to_list()
+        for image_id, row in zip(self.image_ids, rows, strict=True):
+            for caption in map(clean_caption, row["captions"]):
+                if caption:
+                    texts.append(caption)
+                    positions.append(order[int(image_id)])
+                else:
+                    empty.append(row["name"])
+        return Captions(texts, np.array(positions, dtype=np.int64), empty)
+
+    @property
+    def first_records(self) -> Int[np.ndarray, " images"]:
+        """For each distinct image id, in order of appearance, the index of its first record."""
+        return np.sort(np.unique(self.image_ids, return_index=True)[1])
+
+    def _picture(self, index: int, record: dict[str, Any], generator: np.random.Generator | None) -> dict[str, Tensor]:
+        """Pixels or features, in a random view if there is a generator."""
+        if self.features is not None:
+            view = 0 if generator is None else int(generator.integers(self.features.views))
+            return {"patch_embeds": self.features.read(index, view)}
+        image = load_image(picture_of(record), record["name"])
+        if generator is None:
+            return {"pixel_values": evaluation_transform(image, self.transform)}
+        return {"pixel_values": train_transform(image, self.transform, generator)}
+
+
+class ImageView(TorchDataset):
+    """A data set's distinct pictures, by the evaluation transform; `input_ids` are an empty caption's."""
+
+    def __init__(self, dataset: CaptionDataset) -> None:
+        self.dataset = dataset
+        self.indices = dataset.first_records
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Example | BrokenImage:
+        dataset = self.dataset
+        index = int(self.indices[position])
+        record = dataset.records[index]
+        try:
+            pictures = dataset._picture(index, record, None)
+        except DataError as error:
+            return _broken(record["name"], error)
+        no_caption = torch.tensor([dataset.tokenizer.cls_id, dataset.tokenizer.sep_id])
+        return Example(no_caption, int(dataset.image_ids[index]), record["name"], **pictures)
+
+
+def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
+    """One batch of the examples, text padded to its longest; broken pictures are listed, not batched.
+
+    If all are broken the batch has length 0 and neither pixels nor features.
+    """
+    whole = [example for example in examples if isinstance(example, Example)]
+    input_ids, attention_mask = pad([example.input_ids for example in whole], pad_id)
+    pixels = [example.pixel_values for example in whole if example.pixel_values is not None]
+    embeds = [example.patch_embeds for example in whole if example.patch_embeds is not None]
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        image_ids=torch.tensor([example.image_id for example in whole], dtype=torch.int64),
+        names=tuple(example.name for example in whole),
+        pixel_values=torch.stack(pixels) if pixels else None,
+        patch_embeds=torch.stack(embeds) if embeds else None,
+        broken=tuple(example for example in examples if isinstance(example, BrokenImage)),
+    )
+
+
+class EpochSampler:
+    """Batches of (epoch, index) without end, reshuffled each epoch as a function of (seed, epoch).
+
+    The rows left over at the end of an epoch are dropped, as torch's `drop_last` does. `start_step` continues
+    exactly where a run that took as many steps stopped. `batch_size` is of the whole step: process `rank`
+    of `world_size` yields its equal slice of it, so what a step trains on does not depend on their number.
+    Raises DataError if the data set is smaller than a batch, ConfigError if the slices are not equal.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ConfigError(
+                f"batch_size is {batch_size} for {world_size} process(es): it must be a multiple, so that "
+                "each has as many rows"
+            )
+        if length < batch_size:
+            raise DataError(f"the data set has {length} records, the batch size is {batch_size}: no batch can be full")
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass over the data."""
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = divmod(self.start_step, self.steps_per_epoch)
+        local = self.batch_size // self.world_size
+        while True:
+            order = _generator(self.seed, epoch).permutation(self.length)
+            for first in range(step * self.batch_size, self.steps_per_epoch * self.batch_size, self.batch_size):
+                mine = order[first + self.rank * local : first + (self.rank + 1) * local]
+                yield [(epoch, int(index)) for index in mine]
+            epoch, step = epoch + 1, 0
+
+
+def make_loader(
+    dataset: CaptionDataset,
+    batch_size: int,
+    seed: int = 0,
+    start_step: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Training batches without end: the same ones, in the same order, with any number of worker processes.
+
+    Workers are spawned, not forked (a fork of a process that runs CUDA or tokenizer threads can hang), so a
+    script that uses them needs the usual `if __name__ == "__main__"`.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=EpochSampler(len(dataset), batch_size, seed, start_step, rank, world_size),
+        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        multiprocessing_context="spawn" if workers > 0 else None,
+    )
+
+
+def _generator(*entropy: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+def _broken(name: str, error: DataError) -> BrokenImage:
+    return BrokenImage(name, str(error).removeprefix(f"{name}: "))

@@ -1,0 +1,157 @@
+"""The figures of the demo's report: curves and bars as SVG in a light and a dark version, pictures with overlays."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from PIL import Image
+
+HEAT = (224, 49, 49)
+RECALLS = ("r1", "r5", "r10")
+LOSS_NAMES = {
+    "itc": "contrastive loss (ITC)",
+    "itm": "matching loss (ITM)",
+    "itg": "captioning loss (ITG)",
+    "lm": "language-modelling loss",
+}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one version of a figure. `methods` are told apart by lightness too, not by hue alone."""
+
+    text: str
+    grid: str
+    methods: tuple[str, ...]
+
+
+THEMES = {
+    "light": Theme("#495057", "#dee2e6", ("#1c57b5", "#8fb5ee", "#e8890c", "#adb5bd", "#7a4fb5", "#2f9e8f")),
+    "dark": Theme("#c1c7cd", "#343a40", ("#6ea8fe", "#2f5fa8", "#f0a84a", "#6c757d", "#b08ae8", "#4dc4b3")),
+}
+
+
+def themed(draw, *args: object) -> dict[str, str]:
+    """`draw(*args, theme)` once for each theme, as data URIs of SVG."""
+    return {name: _svg_uri(draw(*args, theme)) for name, theme in THEMES.items()}
+
+
+def draw_loss(rows: Sequence[Mapping[str, float]], term: str, theme: Theme) -> Figure:
+    """One loss over the steps: every logged value, their running mean, and the validation values if there are any."""
+    figure, axes = _new_figure(theme, width=4.2, height=2.7)
+    steps, values = _series(rows, f"loss/{term}")
+    colour = theme.methods[0]
+    window = max(1, len(values) // 20)
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
+    if len(values) >= window:
+        means = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], means, color=colour, linewidth=1.8, label="training")
+    validation_steps, validation = _series(rows, f"validation/{term}")
+    if validation.size:
+        axes.plot(
+            validation_steps,
+            validation,
+            "o-",
+            color=theme.methods[2],
+            linewidth=1.3,
+            markersize=3.5,
+            label="validation",
+        )
+        axes.legend(frameon=False, fontsize=8, labelcolor=theme.text)
+    axes.set_title(LOSS_NAMES.get(term, term), loc="left", fontsize=10, color=theme.text)
+    axes.set_xlabel("step", fontsize=8.5, color=theme.text)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def draw_recalls(methods: Mapping[str, Mapping[str, float]], direction: str, theme: Theme) -> Figure:
+    """Recall at 1, 5 and 10 of each method as grouped bars with their values, for "i2t" or "t2i"."""
+    figure, axes = _new_figure(theme, width=5.4, height=3.1)
+    width = 0.84 / len(methods)
+    for place, (name, metrics) in enumerate(methods.items()):
+        lefts = np.arange(len(RECALLS)) - 0.42 + (place + 0.5) * width
+        heights = [metrics[f"{direction}_{recall}"] for recall in RECALLS]
+        colour = theme.methods[place % len(theme.methods)]
+        axes.bar(lefts, heights, width * 0.92, color=colour, label=name)
+        for left, height in zip(lefts, heights, strict=True):
+            axes.annotate(
+                f"{height:.2f}",
+                (left, height),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                color=theme.text,
+            )
+    axes.set_xticks(range(len(RECALLS)), ["R@1", "R@5", "R@10"])
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    title = {"t2i": "Text → picture", "i2t": "Picture → text"}[direction]
+    axes.set_title(title, loc="left", fontsize=10, color=theme.text, pad=26)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=len(methods),
+        columnspacing=1.1,
+        handlelength=1.0,
+        handletextpad=0.4,
+    )
+    return figure
+
+
+def attention_overlay(picture: Image.Image, attention: Float[np.ndarray, "rows columns"]) -> Image.Image:
+    """The picture in grey with red where a query looks, the strongest patch fully red; patches keep their edges."""
+    strength = attention.astype(np.float64)
+    strength = strength / max(float(strength.max()), 1e-12)
+    mask = Image.fromarray((strength * 215).round().astype(np.uint8))
+    grey = picture.convert("L").convert("RGB")
+    faded = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.25)
+    return Image.composite(Image.new("RGB", grey.size, HEAT), faded, mask.resize(grey.size, Image.Resampling.NEAREST))
+
+
+def picture_uri(picture: Image.Image, longest_px: int = 200) -> str:
+    """The picture as a data URI of WebP, scaled so that its longer side is at most `longest_px`."""
+    smaller = picture.convert("RGB")
+    smaller.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    smaller.save(buffer, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _series(rows: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    table = np.array(found, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _new_figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.grid(axis="y", color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.text, labelsize=8.5, length=0)
+    return figure, axes
+
+
+def _svg_uri(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # A fixed salt and no date: the same results give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "qformers"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    content = buffer.getvalue()
+    svg = content[content.index("<svg") :]  # without the XML prologue, whose DTD is an address on the network
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

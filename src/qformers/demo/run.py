@@ -1,0 +1,145 @@
+"""`qformers demo`: fetch, build, precompute, fit the baseline, train, evaluate, report. Resumable at any point."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qformers.data.dataset import CaptionDataset
+from qformers.data.features import FeatureStore
+from qformers.data.sources import open_source
+from qformers.data.text import CaptionTokenizer
+from qformers.demo.assets import fetch_pictures
+from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_ridge, pool_patches, ridge_similarities
+from qformers.demo.dataset import build_demo_dataset
+from qformers.demo.dinov2 import dinov2_folder, minilm_folder
+from qformers.demo.recipe import SIZES, Size, demo_recipe
+from qformers.demo.showcase import DemoRun, write_demo_report
+from qformers.evaluation.retrieval import chance_metrics, retrieval_metrics
+from qformers.evaluation.run import RetrievalScores, score_retrieval
+from qformers.models.saving import load_model
+from qformers.training.config import TrainConfig
+from qformers.training.features import precompute
+from qformers.training.loop import train
+
+console = Console(stderr=True)
+EVALUATED = ("concepts", "scenes")
+
+
+class Stopwatch:
+    """Seconds of each phase, kept in a file, so that a demo that was interrupted adds up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def phase(self, name: str, what: str) -> Iterator[None]:
+        """Announce `what`, and add the time it takes to `name`."""
+        console.print(f"[bold]{name}[/bold]: {what}", highlight=False)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.path.write_text(json.dumps(self.seconds), encoding="utf-8")
+
+
+def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, Any]:
+    """Train a Q-Former on real pictures and set it beside a ridge regression; returns what metrics.json holds.
+
+    Finished phases found in `output` are not repeated, so the same command resumes an interrupted demo.
+
+    Raises:
+        DataError: the assets cannot be had, or `output` holds another demo.
+    """
+    sizes = SIZES[size]
+    output.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch(output / "seconds.json")
+    with watch.phase("fetch", "pretrained models and pictures (once; kept in the cache)"):
+        encoder, text_encoder = dinov2_folder(), minilm_folder()
+        folders, skipped = fetch_pictures()
+    with watch.phase("data", "emoji, stamps and composed scenes, split by concept"):
+        data = build_demo_dataset(folders, output / "data", replace(sizes.data, seed=seed))
+    names = ("train", *(f"{part}_{kind}" for part in ("validation", "held_out") for kind in EVALUATED))
+    recipes = {
+        name: demo_recipe(
+            sizes,
+            encoder=encoder,
+            text_encoder=text_encoder,
+            source=data.records(name),
+            features=output / "features" / name,
+            output=output / "run",
+            seed=seed,
+        )
+        for name in names
+    }
+    with watch.phase("features", "frozen DINOv2-small over all pictures, once"):
+        stores = {name: precompute(recipe) for name, recipe in recipes.items()}
+    datasets = {name: _dataset(recipe, stores[name]) for name, recipe in recipes.items()}
+    with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
+        ridge = _ridge(datasets, stores, text_encoder)
+    with watch.phase("train", f"{sizes.steps} steps of ITC + ITM + ITG"):
+        result = train(recipes["train"], resume="auto")
+    held_out = {kind: datasets[f"held_out_{kind}"] for kind in EVALUATED}
+    with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
+        model, _ = load_model(result.model)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = {kind: score_retrieval(model, held_out[kind], sizes.rerank) for kind in EVALUATED}
+    metrics: dict[str, Any] = {kind: _table(scores[kind], ridge[kind]) for kind in EVALUATED}
+    demo = DemoRun(output, size, sizes, seed, data, recipes["train"], result, metrics, skipped, sorted(folders))
+    with watch.phase("report", "report.html and metrics.json"):
+        shown = {kind: _dataset(recipes[f"held_out_{kind}"], None) for kind in EVALUATED}
+        write_demo_report(demo, scores, shown, watch.seconds)
+    metrics["seconds"] = {name: round(seconds, 1) for name, seconds in watch.seconds.items()}
+    metrics["settings"] = {"size": size, "seed": seed, "steps": sizes.steps, "cores": os.cpu_count()}
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    console.print(f"report: {output / 'report.html'}", highlight=False)
+    return metrics
+
+
+def _dataset(recipe: TrainConfig, store: FeatureStore | None) -> CaptionDataset:
+    """The split in evaluation order, each picture its own, with its features or as pictures."""
+    tokenizer = CaptionTokenizer.from_pretrained(recipe.model.text_encoder, recipe.data.max_text_tokens)
+    records = open_source(replace(recipe.data.train[0], id_column="image_id"))
+    return CaptionDataset(records, tokenizer, recipe.data.transform, train=False, features=store)
+
+
+def _ridge(
+    datasets: dict[str, CaptionDataset], stores: dict[str, FeatureStore], text_encoder: Path
+) -> dict[str, Tensor]:
+    """Ridge similarities of the held-out sets, each with the penalty chosen on its own validation set."""
+    sets = {name: _retrieval_set(datasets[name], stores[name], text_encoder) for name in datasets}
+    similarities = {}
+    for kind in EVALUATED:
+        ridge = fit_ridge(sets["train"], sets[f"validation_{kind}"])
+        held_out = sets[f"held_out_{kind}"]
+        similarities[kind] = ridge_similarities(ridge, held_out.image_features, held_out.text_embeds)
+    return similarities
+
+
+def _retrieval_set(dataset: CaptionDataset, store: FeatureStore, text_encoder: Path) -> RetrievalSet:
+    """What the ridge baseline reads: pooled features, sentence embeddings, who belongs to whom."""
+    captions = dataset.captions()
+    pooled = torch.cat([pool_patches(store.read(int(row))[None]) for row in dataset.first_records])
+    embeddings = embed_sentences(captions.texts, text_encoder)
+    return RetrievalSet(pooled, embeddings, torch.from_numpy(captions.text_to_image))
+
+
+def _table(scores: RetrievalScores, ridge: Tensor) -> dict[str, Any]:
+    """One held-out set: every method's recalls on the same candidates."""
+    return {
+        "candidates": len(scores.texts),
+        "qformer": scores.metrics(),
+        "qformer_reranked": scores.reranked_metrics(),
+        "ridge": retrieval_metrics(ridge, scores.text_to_image),
+        "chance": chance_metrics(scores.itc.shape[0], scores.text_to_image),
+    }

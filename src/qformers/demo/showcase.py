@@ -1,0 +1,215 @@
+"""From a finished demo to its report: real retrievals, right and wrong, and where the queries look."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+import qformers
+from qformers.data.dataset import CaptionDataset
+from qformers.data.images import load_image
+from qformers.data.sources import picture_of
+from qformers.demo.assets import ASSETS
+from qformers.demo.dataset import DemoData
+from qformers.demo.recipe import DemoSize, Size
+from qformers.demo.report import (
+    AttentionExample,
+    DemoResults,
+    Evaluation,
+    ImageQuery,
+    Source,
+    TextQuery,
+    Training,
+    write_report,
+)
+from qformers.evaluation.run import RetrievalScores
+from qformers.training.config import TrainConfig
+from qformers.training.loop import TrainResult
+
+SHOWN_QUERIES, SHOWN_CANDIDATES = 8, 3
+SHOWN_ATTENTION, SHOWN_MAPS = 4, 6
+USED_FOR = {
+    "dinov2-onnx": "frozen image encoder (DINOv2-small)",
+    "minilm": "start of the Q-Former; sentence embeddings of the baseline",
+    "emojibase": "words of the emoji",
+    "fluent": "emoji pictures",
+    "google": "emoji pictures, second vendor",
+    "tuxpaint": "stamps with captions, cut-outs of scenes",
+    "gcompris": "photographs behind the scenes",
+}
+HELD_OUT = {
+    "concepts": "Emoji whose concept appears in no training picture, of no vendor, alone or in a scene.",
+    "scenes": "Scenes of two objects that never stand together in training (each does with others); part of them "
+    "also mirrored, so that only left and right tell two pictures apart.",
+}
+METHODS = {
+    "qformer_reranked": "Q-Former, ITC + ITM",
+    "qformer": "Q-Former, ITC",
+    "ridge": "ridge regression",
+    "chance": "chance",
+}
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What a finished demo leaves for its report; `metrics` is what metrics.json says of the held-out sets."""
+
+    output: Path
+    size: Size
+    sizes: DemoSize
+    seed: int
+    data: DemoData
+    recipe: TrainConfig
+    result: TrainResult
+    metrics: Mapping[str, Any]
+    skipped: Mapping[str, str]
+    pictures: list[str]
+
+
+def write_demo_report(
+    demo: DemoRun,
+    scores: Mapping[str, RetrievalScores],
+    held_out: Mapping[str, CaptionDataset],
+    seconds: Mapping[str, float],
+) -> None:
+    """Write report.html into the demo's folder. The data sets of `held_out` must hold pictures, not features."""
+    recipe = demo.recipe
+    rows = (demo.output / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    model = qformers.load(demo.result.model)
+    counts = demo.data.counts
+    flags = {"quick": " --quick", "standard": "", "long": " --long"}[demo.size]
+    write_report(
+        demo.output,
+        DemoResults(
+            training=Training(
+                image_encoder="DINOv2-small",
+                text_start="MiniLM-L6",
+                trainable_parameters=sum(p.numel() for p in model.model.parameters() if p.requires_grad),
+                queries=recipe.model.num_queries,
+                objectives=["ITC", "ITM", "ITG"],
+                pictures=counts["train"],
+                captions=counts["captions"],
+                steps=recipe.steps,
+                batch_size=recipe.data.batch_size,
+                seconds=seconds.get("train", 0.0),
+                machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            ),
+            loss_rows=[json.loads(row) for row in rows],
+            evaluations=[
+                Evaluation(
+                    title=f"Held-out {kind}",
+                    held_out=HELD_OUT[kind],
+                    images=len(held_out[kind].first_records),
+                    texts=len(scores[kind].texts),
+                    methods={label: demo.metrics[kind][key] for key, label in METHODS.items()},
+                    text_queries=_text_queries(scores[kind], held_out[kind], demo.seed),
+                    image_queries=_image_queries(scores[kind], held_out[kind], demo.seed),
+                )
+                for kind in scores
+            ],
+            attention=_attention(model, held_out["scenes"]),
+            seconds=seconds,
+            settings=_flat(asdict(recipe)),
+            rerun=[f"qformers demo{flags} --seed {demo.seed} --output {demo.output}"],
+            sources=[
+                Source(ASSETS[key].name, ASSETS[key].version, ASSETS[key].licence, ASSETS[key].home, used_for)
+                for key, used_for in USED_FOR.items()
+                if key in ("dinov2-onnx", "minilm") or key in demo.pictures
+            ],
+            skipped=demo.skipped,
+            notes=["One seed: repeat with --seed 1, 2, … for the spread."],
+        ),
+    )
+
+
+def _text_queries(scores: RetrievalScores, dataset: CaptionDataset, seed: int) -> list[TextQuery]:
+    """Texts drawn by seed, half of them found at once, half not, with their best pictures."""
+    assert scores.reranked is not None
+    ranking = scores.reranked.t2i
+    right = scores.text_to_image
+    order = np.argsort(-ranking, axis=0, kind="stable")
+    ranks = 1 + np.argmax(order == right[None, :], axis=0)
+    queries = []
+    for text in _half_and_half(ranks, seed):
+        best = order[:SHOWN_CANDIDATES, text]
+        queries.append(
+            TextQuery(
+                text=scores.texts[text],
+                pictures=[_picture(dataset, int(image)) for image in best],
+                right=[bool(image == right[text]) for image in best],
+                rank=int(ranks[text]),
+                right_picture=_picture(dataset, int(right[text])),
+            )
+        )
+    return queries
+
+
+def _image_queries(scores: RetrievalScores, dataset: CaptionDataset, seed: int) -> list[ImageQuery]:
+    """Pictures drawn by seed, half of them described at once, half not, with their best texts."""
+    assert scores.reranked is not None
+    ranking = scores.reranked.i2t
+    order = np.argsort(-ranking, axis=1, kind="stable")
+    own = scores.text_to_image[order] == np.arange(len(ranking))[:, None]
+    ranks = 1 + np.argmax(own, axis=1)
+    queries = []
+    for image in _half_and_half(ranks, seed):
+        queries.append(
+            ImageQuery(
+                picture=_picture(dataset, image),
+                texts=[scores.texts[text] for text in order[image, :SHOWN_CANDIDATES]],
+                right=[bool(own[image, place]) for place in range(SHOWN_CANDIDATES)],
+                rank=int(ranks[image]),
+                right_text=scores.texts[order[image, ranks[image] - 1]],
+            )
+        )
+    return queries
+
+
+def _half_and_half(ranks: np.ndarray, seed: int) -> list[int]:
+    """Queries drawn at random: as many at rank 1 as below it, where there are so many."""
+    drawn = np.random.default_rng(seed).permutation(len(ranks))
+    found, missed = drawn[ranks[drawn] == 1], drawn[ranks[drawn] > 1]
+    half = SHOWN_QUERIES // 2
+    return [int(query) for query in (*found[:half], *missed[:half])]
+
+
+def _attention(model: qformers.Predictor, dataset: CaptionDataset) -> list[AttentionExample]:
+    """Last cross-attending block of the first held-out scenes, for the queries whose maps differ most."""
+    examples = []
+    for position in range(min(SHOWN_ATTENTION, len(dataset.first_records))):
+        picture = _picture(dataset, position)
+        text = dataset.records[int(dataset.first_records[position])]["captions"][0]
+        maps = model.attention(picture)[-1].float().numpy()
+        chosen = most_different(maps, SHOWN_MAPS)
+        examples.append(AttentionExample(picture, text, chosen, maps[chosen]))
+    return examples
+
+
+def most_different(maps: Float[np.ndarray, "queries rows columns"], count: int) -> list[int]:
+    """Queries picked one by one, each the farthest from those before it, from the most focused one on."""
+    flat = maps.reshape(len(maps), -1)
+    chosen = [int(flat.max(axis=1).argmax())]
+    while len(chosen) < min(count, len(flat)):
+        distances = np.linalg.norm(flat[:, None] - flat[None, chosen], axis=2).min(axis=1)
+        chosen.append(int(distances.argmax()))
+    return chosen
+
+
+def _picture(dataset: CaptionDataset, position: int) -> Image.Image:
+    return load_image(picture_of(dataset.records[int(dataset.first_records[position])]))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,111 @@
+"""A stage-1 model on captioned pictures: ITC alone, and re-ranked by the ITM head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from qformers.data.config import SourceConfig, TransformConfig
+from qformers.data.dataset import CaptionDataset, ImageView, collate
+from qformers.data.sources import open_source
+from qformers.data.text import CaptionTokenizer
+from qformers.errors import DataError
+from qformers.evaluation.retrieval import RerankedSimilarities, rerank_similarities, retrieval_metrics
+from qformers.evaluation.scoring import image_features, itc_similarities, match_logits, text_features
+from qformers.models.saving import TOKENIZER_FOLDER, load_model
+from qformers.models.stage1 import Stage1Model
+
+PICTURES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """What a model thinks of every (picture, text) pair of a data set."""
+
+    texts: list[str]
+    text_to_image: Int[np.ndarray, " texts"]
+    itc: Float[Tensor, "images texts"]
+    reranked: RerankedSimilarities | None
+
+    def metrics(self) -> dict[str, float]:
+        """`retrieval_metrics` of ITC alone."""
+        return retrieval_metrics(self.itc, self.text_to_image)
+
+    def reranked_metrics(self) -> dict[str, float]:
+        """`retrieval_metrics` after re-ranking; empty without it."""
+        if self.reranked is None:
+            return {}
+        return retrieval_metrics(self.reranked.i2t, self.text_to_image, self.reranked.t2i)
+
+
+def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -> dict[str, float]:
+    """Recall of the model saved in `model_path` on `source`, every caption and every picture a query.
+
+    With `rerank` = k the k best by ITC are re-ranked by ITM logit + ITC similarity, under `reranked_*` keys.
+
+    Raises:
+        CheckpointError: no model there. DataError: as `score_retrieval`.
+    """
+    model, _ = load_model(model_path)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = CaptionTokenizer.from_pretrained(Path(model_path) / TOKENIZER_FOLDER)
+    encoder = model.vision_encoder
+    transform = TransformConfig(image_px=encoder.image_px, mean=encoder.mean, std=encoder.std)
+    dataset = CaptionDataset(open_source(source), tokenizer, transform, train=False)
+    scores = score_retrieval(model, dataset, rerank)
+    counts = {"images": float(scores.itc.shape[0]), "texts": float(scores.itc.shape[1])}
+    reranked = {f"reranked_{name}": value for name, value in scores.reranked_metrics().items()}
+    return counts | scores.metrics() | reranked
+
+
+def score_retrieval(model: Stage1Model, dataset: CaptionDataset, rerank: int = 0) -> RetrievalScores:
+    """ITC similarities of all pairs of `dataset`, and with `rerank` = k > 0 re-ranked scores of the k best.
+
+    Raises:
+        DataError: a picture is broken or a caption empty; leaving out a candidate would flatter the figures.
+    """
+    captions, tokenizer = dataset.captions(), dataset.tokenizer
+    if captions.empty:
+        raise DataError(f"{len(captions.empty)} captions are empty, such as that of {captions.empty[0]}: mend them")
+    patches = torch.cat(list(_patch_batches(model, dataset.images())))
+    images = image_features(model, _on_device(model, patches))
+    similarities = itc_similarities(images, text_features(model, tokenizer.encode, captions.texts))
+    reranked = None
+    if rerank:
+        reranked = rerank_similarities(
+            similarities,
+            lambda image, text: match_logits(
+                model, tokenizer.encode, lambda row: patches[row : row + 1], captions.texts, (image, text)
+            )[:, 1],
+            k=rerank,
+        )
+    return RetrievalScores(captions.texts, captions.text_to_image, similarities, reranked)
+
+
+def _on_device(model: Stage1Model, patches: Tensor) -> Iterator[Tensor]:
+    for part in patches.split(PICTURES_AT_ONCE):
+        yield part.to(model.temperature.device)
+
+
+@torch.inference_mode()
+def _patch_batches(model: Stage1Model, view: ImageView) -> Iterator[Float[Tensor, "batch patches vision_dim"]]:
+    """Frozen features of all pictures, precomputed or computed now, in bf16 as a feature store keeps them."""
+    starts = range(0, len(view), PICTURES_AT_ONCE)
+    for start in track(starts, "encoding pictures", console=Console(stderr=True), transient=True):
+        batch = collate([view[row] for row in range(start, min(start + PICTURES_AT_ONCE, len(view)))])
+        if batch.broken:
+            broken = batch.broken[0]
+            raise DataError(f"{broken.name}: {broken.reason}: retrieval needs every picture; mend or remove it")
+        patches = batch.patch_embeds
+        if patches is None:
+            assert batch.pixel_values is not None
+            patches = model.vision_encoder(batch.pixel_values.to(model.temperature.device))
+        yield patches.bfloat16().cpu()

@@ -1,0 +1,107 @@
+"""Where the sizes live: from a `ModelConfig` to a built `Stage1Model`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qformers.errors import ConfigError
+from qformers.models.attention import CrossAttention, SelfAttention
+from qformers.models.bert import load_bert_weights
+from qformers.models.config import ModelConfig
+from qformers.models.freezing import freeze
+from qformers.models.qformer import Block, FeedForward, QFormer, TextEmbeddings
+from qformers.models.stage1 import Stage1Model, TokenHead
+from qformers.models.vision import VisionEncoder
+
+INITIAL_TEMPERATURE = 0.07
+VISION_NORM_EPS = 1e-5  # LAVIS's ln_vision; Hugging Face's post_layernorm has 1e-6
+INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True)
+class QFormerShape:
+    """Sizes of one Q-Former."""
+
+    layers: int
+    dim: int
+    heads: int
+    ffn_dim: int
+    max_positions: int = 512
+
+
+PRESETS = {
+    "blip2": QFormerShape(layers=12, dim=768, heads=12, ffn_dim=3072),
+    "small": QFormerShape(layers=6, dim=384, heads=12, ffn_dim=1536),
+    "tiny": QFormerShape(layers=2, dim=32, heads=4, ffn_dim=64),
+}
+
+
+def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, vocab_size: int) -> QFormer:
+    """A randomly initialised Q-Former (linear and embedding weights N(0, 0.02), biases 0, as BERT)."""
+    if config.num_queries < 1:
+        raise ConfigError(f"num_queries is {config.num_queries}: at least 1 query is needed to read the image")
+    if config.cross_attention_frequency < 1:
+        raise ConfigError(f"cross_attention_frequency is {config.cross_attention_frequency}: it must be 1 or more")
+    blocks = [
+        Block(
+            self_attention=SelfAttention(shape.dim, shape.heads, config.attention_dropout),
+            cross_attention=CrossAttention(shape.dim, vision_dim, shape.heads, config.attention_dropout)
+            if number % config.cross_attention_frequency == 0
+            else None,
+            query_ffn=FeedForward(shape.dim, shape.ffn_dim),
+            text_ffn=FeedForward(shape.dim, shape.ffn_dim),
+            dim=shape.dim,
+            dropout=config.dropout,
+        )
+        for number in range(shape.layers)
+    ]
+    qformer = QFormer(
+        query_tokens=nn.Parameter(torch.empty(config.num_queries, shape.dim)),
+        text_embeddings=TextEmbeddings(vocab_size, shape.max_positions, shape.dim),
+        blocks=nn.ModuleList(blocks),
+        dropout=config.dropout,
+    )
+    # Hugging Face leaves fresh query tokens at zero: then all queries stay identical for ever.
+    nn.init.normal_(qformer.query_tokens, std=INITIAL_STD)
+    qformer.apply(_initialise)
+    return qformer
+
+
+def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEncoder) -> Stage1Model:
+    """The stage-1 model of `config`, its image encoder frozen.
+
+    Args:
+        vocab_size: BERT's vocabulary plus one; the last id is [DEC].
+
+    Raises:
+        ConfigError: impossible sizes. CheckpointError: `text_encoder` has another shape than the preset.
+    """
+    shape = PRESETS[config.preset]
+    qformer = build_qformer(config, shape, vision_encoder.dim, vocab_size)
+    model = Stage1Model(
+        vision_encoder=vision_encoder,
+        vision_norm=nn.LayerNorm(vision_encoder.dim, eps=VISION_NORM_EPS),
+        qformer=qformer,
+        vision_projection=nn.Linear(shape.dim, config.embed_dim),
+        text_projection=nn.Linear(shape.dim, config.embed_dim),
+        itm_head=nn.Linear(shape.dim, 2),
+        itg_head=TokenHead(shape.dim, vocab_size),
+        temperature=nn.Parameter(torch.tensor(INITIAL_TEMPERATURE)),
+        dec_id=vocab_size - 1,
+    )
+    for part in (model.vision_projection, model.text_projection, model.itm_head, model.itg_head):
+        part.apply(_initialise)
+    if config.start_from_text_encoder:
+        load_bert_weights(model, config.text_encoder)
+    freeze(vision_encoder, "vision_encoder")
+    return model
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INITIAL_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

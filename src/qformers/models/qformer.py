@@ -1,0 +1,178 @@
+"""The Q-Former: learned queries and text through one stack of blocks (BLIP-2, section 3.1).
+
+Two transformers share their self-attention. The *image transformer* is fed by learned queries and reads the
+image through cross-attention; the *text transformer* is fed by tokens. What they may see of each other is
+decided by the mask alone (`masks.py`), so ITC, ITG and ITM are three masks over one network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from qformers.models.attention import CrossAttention, ImageMemory, SelfAttention
+
+BERT_NORM_EPS = 1e-12
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward layer with exact (erf) GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, hidden: Float[Tensor, "rows length dim"]) -> Float[Tensor, "rows length dim"]:
+        return self.down(F.gelu(self.up(hidden)))
+
+
+class Block(nn.Module):
+    """Self-attention → (queries only) cross-attention → separate feed-forwards, a LayerNorm after each."""
+
+    def __init__(
+        self,
+        self_attention: SelfAttention,
+        cross_attention: CrossAttention | None,
+        query_ffn: FeedForward,
+        text_ffn: FeedForward,
+        dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.self_attention = self_attention
+        self.self_attention_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS)
+        self.cross_attention = cross_attention
+        self.cross_attention_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS) if cross_attention else None
+        self.query_ffn = query_ffn
+        self.query_ffn_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS)
+        self.text_ffn = text_ffn
+        self.text_ffn_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "rows queries dim"],
+        text: Float[Tensor, "rows tokens dim"],
+        mask: Bool[Tensor, "rows 1 length length"] | None,
+        memories: Sequence[tuple[Tensor, Tensor, int]],
+        text_reads: Int[Tensor, " reads"] | None,
+    ) -> tuple[Float[Tensor, "rows queries dim"], Float[Tensor, "rows text_outputs dim"]]:
+        num_queries = queries.shape[1]
+        hidden = torch.cat([queries, text], dim=1)
+        reads = None
+        if text_reads is not None:
+            every_query = torch.arange(num_queries, device=hidden.device)
+            reads = torch.cat([every_query, num_queries + text_reads])
+        attended = self.dropout(self.self_attention(hidden, mask, reads))
+        residual = hidden if reads is None else hidden.index_select(1, reads)
+        hidden = self.self_attention_norm(residual + attended)
+        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        if self.cross_attention is not None and self.cross_attention_norm is not None and num_queries:
+            read = self.dropout(self.cross_attention(queries, memories))
+            queries = self.cross_attention_norm(queries + read)
+        queries = self.query_ffn_norm(queries + self.dropout(self.query_ffn(queries)))
+        text = self.text_ffn_norm(text + self.dropout(self.text_ffn(text)))
+        return queries, text
+
+
+class TextEmbeddings(nn.Module):
+    """Word and position embeddings. The vocabulary is BERT's plus [DEC], the last id; no token types."""
+
+    def __init__(self, vocab_size: int, max_positions: int, dim: int) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, dim)
+        self.position = nn.Embedding(max_positions, dim)
+
+    def forward(self, input_ids: Int[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens dim"]:
+        return self.word(input_ids) + self.position.weight[: input_ids.shape[1]]
+
+
+class QFormer(nn.Module):
+    """Learned queries (N(0, 0.02), no position embedding), text embeddings and the shared stack of blocks."""
+
+    def __init__(
+        self,
+        query_tokens: nn.Parameter,
+        text_embeddings: TextEmbeddings,
+        blocks: nn.ModuleList,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.query_tokens = query_tokens
+        self.text_embeddings = text_embeddings
+        self.embedding_norm = nn.LayerNorm(query_tokens.shape[1], eps=BERT_NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = blocks
+
+    @property
+    def num_queries(self) -> int:
+        return self.query_tokens.shape[0]
+
+    def queries(self, rows: int) -> Float[Tensor, "rows queries dim"]:
+        """The learned queries, the same for every row (a view, not a copy)."""
+        return self.query_tokens.expand(rows, -1, -1)
+
+    def no_queries(self, rows: int) -> Float[Tensor, "rows 0 dim"]:
+        """For passes that run the text transformer alone."""
+        return self.query_tokens[:0].expand(rows, -1, -1)
+
+    def no_text(self, rows: int) -> Float[Tensor, "rows 0 dim"]:
+        """For passes that run the image transformer alone."""
+        return self.query_tokens.new_zeros(rows, 0, self.query_tokens.shape[1])
+
+    def remember(
+        self,
+        patches: Float[Tensor, "images patches vision_dim"],
+        scale: Float[Tensor, " vision_dim"] | None = None,
+        shift: Float[Tensor, " vision_dim"] | None = None,
+    ) -> ImageMemory:
+        """Keys and values of `patches * scale + shift` for every cross-attending block, once per image."""
+        pairs = [
+            block.cross_attention.keys_values(patches, scale, shift)
+            for block in self.blocks
+            if isinstance(block.cross_attention, CrossAttention)
+        ]
+        keys, values = zip(*pairs, strict=True)
+        return ImageMemory(keys=keys, values=values)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "rows queries dim"],
+        text: Float[Tensor, "rows tokens dim"],
+        mask: Bool[Tensor, "rows 1 length length"] | None,
+        memories: Sequence[ImageMemory],
+        text_reads: Int[Tensor, " reads"] | None = None,
+    ) -> tuple[Float[Tensor, "rows queries dim"], Float[Tensor, "rows text_outputs dim"]]:
+        """Run [queries ; text] through the blocks.
+
+        Args:
+            queries: `queries(rows)`, or `no_queries(rows)` for text alone.
+            text: embedded tokens, or `no_text(rows)` for queries alone.
+            mask: one of `masks.py`; None lets everything attend to everything.
+            memories: the images that the rows read, in row order; empty when there are no queries.
+            text_reads: text positions whose last outputs are wanted (None: all). The last block computes no
+                others, since nothing after it reads them.
+
+        Returns:
+            Last hidden states of the queries, and of the text positions asked for.
+        """
+        hidden = self.dropout(self.embedding_norm(torch.cat([queries, text], dim=1)))
+        num_queries = queries.shape[1]
+        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        cross_blocks = 0
+        for number, block in enumerate(self.blocks):
+            layer_memories = []
+            if block.cross_attention is not None:
+                layer_memories = [
+                    (memory.keys[cross_blocks], memory.values[cross_blocks], memory.rows_per_image)
+                    for memory in memories
+                ]
+                cross_blocks += 1
+            is_last = number == len(self.blocks) - 1
+            queries, text = block(queries, text, mask, layer_memories, text_reads if is_last else None)
+        return queries, text

@@ -1,0 +1,201 @@
+"""The stage-1 model: a frozen image encoder, the Q-Former that reads it, and the three objectives' heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from qformers.models.attention import ImageMemory
+from qformers.models.masks import bidirectional_mask, causal_mask, packed_mask, unimodal_mask
+from qformers.models.qformer import BERT_NORM_EPS, QFormer
+from qformers.models.vision import VisionEncoder
+
+MIN_TEMPERATURE = 0.01  # CLIP's bound: no logit beyond 100
+
+
+class TokenHead(nn.Module):
+    """BERT's masked-language head on the ITG outputs; its output weights are the word embeddings (tied)."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(
+        self, hidden: Float[Tensor, "labelled dim"], word_embeddings: Float[Tensor, "vocabulary dim"]
+    ) -> Float[Tensor, "labelled vocabulary"]:
+        return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
+
+
+@dataclass(frozen=True)
+class ImageEncoding:
+    """An image as the Q-Former sees it: its memory, the query outputs Z, and Z projected for ITC."""
+
+    memory: ImageMemory
+    query_outputs: Float[Tensor, "images queries dim"]
+    image_features: Float[Tensor, "images queries embed_dim"]
+
+
+@dataclass(frozen=True)
+class PackedPass:
+    """What one packed forward gives: ITC's image side and text side, and the states that ITG reads."""
+
+    image: ImageEncoding
+    text_features: Float[Tensor, "rows embed_dim"]
+    generative_outputs: Float[Tensor, "rows predictions dim"]
+
+
+class Stage1Model(nn.Module):
+    """Built from its parts (`presets.build_stage1` has the sizes).
+
+    `vision_encoder` is frozen (`freezing.freeze`); everything else is trained. Patch embeddings may come from
+    it or from a store of precomputed features: every method takes `patch_embeds`.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoder,
+        vision_norm: nn.LayerNorm,
+        qformer: QFormer,
+        vision_projection: nn.Linear,
+        text_projection: nn.Linear,
+        itm_head: nn.Linear,
+        itg_head: TokenHead,
+        temperature: nn.Parameter,
+        dec_id: int,
+    ) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.vision_norm = vision_norm
+        self.qformer = qformer
+        self.vision_projection = vision_projection
+        self.text_projection = text_projection
+        self.itm_head = itm_head
+        self.itg_head = itg_head
+        self.temperature = temperature
+        self.dec_id = dec_id
+
+    def remember(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageMemory:
+        """Cross-attention keys and values of each image, once, for every pass that will read it.
+
+        `vision_norm` is computed in fp32 (as the authors do); its affine part is folded into the weights.
+        """
+        norm = self.vision_norm
+        normalised = F.layer_norm(at_least_fp32(patch_embeds), norm.normalized_shape, eps=norm.eps)
+        return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
+
+    def encode_image(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageEncoding:
+        """Query outputs and ITC features of images alone."""
+        memory = self.remember(patch_embeds)
+        queries = self.qformer.queries(memory.rows)
+        query_outputs, _ = self.qformer(queries, self.qformer.no_text(memory.rows), None, [memory])
+        return self._image_encoding(memory, query_outputs)
+
+    def encode_text(
+        self, input_ids: Int[Tensor, "rows tokens"], attention_mask: Bool[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows embed_dim"]:
+        """ITC features of texts alone: the projected, L2-normalised [CLS] output."""
+        rows = input_ids.shape[0]
+        text = self.qformer.text_embeddings(input_ids)
+        first = torch.zeros(1, dtype=torch.long, device=input_ids.device)
+        mask = unimodal_mask(0, attention_mask)
+        _, outputs = self.qformer(self.qformer.no_queries(rows), text, mask, [], text_reads=first)
+        return F.normalize(at_least_fp32(self.text_projection(outputs[:, 0])), dim=-1)
+
+    def packed_pass(
+        self,
+        patch_embeds: Float[Tensor, "rows patches vision_dim"],
+        input_ids: Int[Tensor, "rows tokens"],
+        attention_mask: Bool[Tensor, "rows tokens"],
+    ) -> PackedPass:
+        """ITC's image pass, ITC's text pass and ITG's pass in one forward.
+
+        In all three the queries see only queries, so one query pass serves ITC and ITG. The last block
+        computes [CLS] of the contrastive copy and all but the last token of the generative one: nothing else
+        is read.
+        """
+        rows, tokens = input_ids.shape
+        memory = self.remember(patch_embeds)
+        contrastive = self.qformer.text_embeddings(input_ids)
+        generative = self.qformer.text_embeddings(self.with_dec(input_ids))
+        positions = torch.arange(2 * tokens - 1, device=input_ids.device)
+        query_outputs, text_outputs = self.qformer(
+            self.qformer.queries(rows),
+            torch.cat([contrastive, generative], dim=1),
+            packed_mask(self.qformer.num_queries, attention_mask),
+            [memory],
+            text_reads=torch.cat([positions[:1], positions[tokens:]]),
+        )
+        return PackedPass(
+            image=self._image_encoding(memory, query_outputs),
+            text_features=F.normalize(at_least_fp32(self.text_projection(text_outputs[:, 0])), dim=-1),
+            generative_outputs=text_outputs[:, 1:],
+        )
+
+    def match_logits(
+        self,
+        memories: Sequence[ImageMemory],
+        input_ids: Int[Tensor, "pairs tokens"],
+        attention_mask: Bool[Tensor, "pairs tokens"],
+    ) -> Float[Tensor, "pairs 2"]:
+        """ITM logits (index 1 = match), averaged over the queries; `memories` serve the pairs in order."""
+        pairs = input_ids.shape[0]
+        query_outputs, _ = self.qformer(
+            self.qformer.queries(pairs),
+            self.qformer.text_embeddings(input_ids),
+            bidirectional_mask(self.qformer.num_queries, attention_mask),
+            memories,
+            text_reads=torch.zeros(0, dtype=torch.long, device=input_ids.device),
+        )
+        # The head is linear, so the mean may come first; averaging the logits would be the same number.
+        return at_least_fp32(self.itm_head(query_outputs.mean(dim=1)))
+
+    def next_token_logits(
+        self,
+        memory: ImageMemory,
+        input_ids: Int[Tensor, "rows tokens"],
+        attention_mask: Bool[Tensor, "rows tokens"],
+    ) -> Float[Tensor, "rows tokens vocabulary"]:
+        """ITG logits for each position of `input_ids`, whose first token is replaced by [DEC]."""
+        rows = input_ids.shape[0]
+        _, outputs = self.qformer(
+            self.qformer.queries(rows),
+            self.qformer.text_embeddings(self.with_dec(input_ids)),
+            causal_mask(self.qformer.num_queries, attention_mask),
+            [memory],
+        )
+        logits = self.token_logits(outputs.flatten(0, 1))
+        return logits.unflatten(0, (rows, input_ids.shape[1]))
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the temperature above `MIN_TEMPERATURE`; training calls it after every optimiser step.
+
+        The authors let it run free. At a large learning rate it then crosses zero, where ITC pulls apart what
+        belongs together.
+        """
+        self.temperature.clamp_(min=MIN_TEMPERATURE)
+
+    def token_logits(self, hidden: Float[Tensor, "labelled dim"]) -> Float[Tensor, "labelled vocabulary"]:
+        """Vocabulary logits of chosen positions, so that the head runs only where there is a label."""
+        return at_least_fp32(self.itg_head(hidden, self.qformer.text_embeddings.word.weight))
+
+    def with_dec(self, input_ids: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
+        """[CLS] replaced by [DEC], the token that starts generation (BLIP-2, section 3.1)."""
+        start = torch.full_like(input_ids[:, :1], self.dec_id)
+        return torch.cat([start, input_ids[:, 1:]], dim=1)
+
+    def _image_encoding(self, memory: ImageMemory, query_outputs: Float[Tensor, "images queries dim"]) -> ImageEncoding:
+        features = F.normalize(at_least_fp32(self.vision_projection(query_outputs)), dim=-1)
+        return ImageEncoding(memory=memory, query_outputs=query_outputs, image_features=features)
+
+
+def at_least_fp32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Out of half precision, as features and logits must be before a norm or an exponential; fp64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,15 @@
+"""Settings of the stage-1 objectives. Light: the command line builds its options from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage1LossConfig:
+    """The loss is ITC + ITM + ITG with equal weights (BLIP-2, section 3.1)."""
+
+    label_smoothing: float = 0.1
+    """Of the ITC targets and of the ITG tokens, as the authors' code (the paper does not say)."""
+    use_image_ids: bool = True
+    """Pairs that share an image id share ITC targets and are never each other's ITM negatives."""

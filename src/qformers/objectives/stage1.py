@@ -1,0 +1,80 @@
+"""One stage-1 step's mathematics: ITC + ITM + ITG over one batch (BLIP-2, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qformers.data.batch import Batch
+from qformers.distributed import process_offset
+from qformers.models.stage1 import Stage1Model
+from qformers.objectives.config import Stage1LossConfig
+from qformers.objectives.itc import itc_loss, own_caption_matrix, same_image_matrix, similarities
+from qformers.objectives.itg import itg_loss
+from qformers.objectives.itm import HardNegatives, itm_labels, itm_logits, itm_loss, sample_hard_negatives
+
+
+@dataclass(frozen=True)
+class Stage1Output:
+    """Named loss terms, and scalars worth logging (detached)."""
+
+    losses: dict[str, Float[Tensor, ""]]
+    stats: dict[str, Float[Tensor, ""]]
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        return torch.stack(list(self.losses.values())).sum()
+
+
+class Stage1Objective(nn.Module):
+    """The model with its three losses as one module: distributed wrappers then see one forward per step."""
+
+    def __init__(self, model: Stage1Model, config: Stage1LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, batch: Batch, negatives: HardNegatives | None = None) -> Stage1Output:
+        """Losses of a batch. `negatives` are drawn unless given (tests give them)."""
+        model, config = self.model, self.config
+        patch_embeds = batch.patch_embeds
+        if patch_embeds is None:
+            assert batch.pixel_values is not None, "a batch carries pixels or precomputed features"
+            patch_embeds = model.vision_encoder(batch.pixel_values)
+        packed = model.packed_pass(patch_embeds, batch.input_ids, batch.attention_mask)
+
+        sim_i2t, sim_t2i = similarities(packed.image.image_features, packed.text_features)
+        positive_matrix = same_image_matrix if config.use_image_ids else own_caption_matrix
+        positives = positive_matrix(batch.image_ids)
+        itc = itc_loss(sim_i2t, sim_t2i, model.temperature, positives, config.label_smoothing)
+
+        if negatives is None:
+            # Negatives come from this process's own rows: local columns of the global similarities.
+            local = slice(process_offset(len(batch)), process_offset(len(batch)) + len(batch))
+            negatives = sample_hard_negatives(
+                sim_i2t[:, local], sim_t2i[:, local], model.temperature, positives[:, local]
+            )
+        logits = itm_logits(model, packed.image, batch.input_ids, batch.attention_mask, negatives)
+        labels = itm_labels(negatives)
+        itm = itm_loss(logits, labels)
+
+        itg = itg_loss(model, packed.generative_outputs, batch.input_ids, batch.attention_mask, config.label_smoothing)
+        return Stage1Output(
+            losses={"itc": itc, "itm": itm, "itg": itg},
+            stats=_stats(model, sim_i2t, positives, logits, labels),
+        )
+
+
+@torch.no_grad()
+def _stats(model: Stage1Model, sim_i2t: Tensor, positives: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    counted = labels >= 0
+    correct = (logits.argmax(dim=1) == labels) & counted
+    found = positives.gather(1, sim_i2t.argmax(dim=1, keepdim=True))
+    return {
+        "temperature": model.temperature.detach(),
+        "itm_accuracy": correct.sum() / counted.sum(),
+        "itc_accuracy": found.float().mean(),
+    }

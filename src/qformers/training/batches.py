@@ -1,0 +1,91 @@
+"""The batches a process trains on: a function of the seed and the step alone, so a run resumes anywhere."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qformers.data.batch import Batch
+from qformers.data.broken import BrokenTally
+from qformers.data.dataset import CaptionDataset, collate, make_loader
+from qformers.errors import DataError
+from qformers.training.config import TrainConfig
+
+
+def training_batches(
+    config: TrainConfig, dataset: CaptionDataset, first_step: int, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """Endless batches from step `first_step` on, on the accelerator's device.
+
+    Raises:
+        ConfigError, DataError: batches of the asked size cannot be made. Later, while they are read,
+            DataError: too many pictures cannot be read, or none of a whole batch.
+    """
+    loader = make_loader(
+        dataset,
+        config.data.batch_size,
+        seed=config.seed,
+        start_step=(first_step - 1) * config.accumulation_steps,
+        workers=config.data.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    loader.worker_init_fn = _leave_signals_to_parent
+    # Its own: a loader draws a number when it starts, which would shift the draws of a resumed run's step.
+    loader.generator = torch.Generator()
+    return _stream(config, loader, accelerator)
+
+
+def _stream(config: TrainConfig, loader: DataLoader, accelerator: Accelerator) -> Iterator[Batch]:
+    tally = BrokenTally(Path(config.output) / "broken_images.log", config.data.max_broken_fraction)
+    for batch in loader:
+        tally.add(batch)
+        if len(batch) == 0:
+            first = batch.broken[0]
+            raise DataError(f"no row of a whole batch can be used: {first.name}: {first.reason}")
+        rows = config.data.batch_size // accelerator.num_processes
+        yield fill(batch.to(accelerator.device), rows, accelerator.num_processes)
+
+
+def validation_batches(config: TrainConfig, dataset: CaptionDataset, accelerator: Accelerator) -> Iterator[Batch]:
+    """One pass over `dataset` in whole batches; what is left over at the end is not measured."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    share = min(config.data.batch_size, len(dataset)) // processes
+    starts = range(0, len(dataset) - share * processes + 1, share * processes)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[[(0, start + rank * share + row) for row in range(share)] for start in starts],
+        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
+        num_workers=config.data.workers,
+        multiprocessing_context="spawn" if config.data.workers else None,
+        worker_init_fn=_leave_signals_to_parent,
+    )
+    for batch in loader:
+        if len(batch):
+            yield fill(batch.to(accelerator.device), share, processes)
+
+
+def fill(batch: Batch, rows: int, processes: int) -> Batch:
+    """Repeat the first rows in place of broken ones, but only beside other processes: all need as many rows.
+
+    A repeated row keeps its image id, so it is not taken for a negative of itself.
+    """
+    if processes == 1 or len(batch) == rows:
+        return batch
+    chosen = torch.arange(rows, device=batch.input_ids.device) % len(batch)
+    filled = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **filled, names=tuple(batch.names[row] for row in chosen.tolist()))
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the parent finishes its step and needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,139 @@
+"""Every setting of a training run. Light: the command line builds its options and its help from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qformers.data.config import SourceConfig, TransformConfig
+from qformers.errors import ConfigError
+from qformers.models.config import ModelConfig
+from qformers.objectives.config import Stage1LossConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures and captions to learn from, and how they become batches."""
+
+    train: list[SourceConfig]
+    """One or more sources, read as one. Equal image ids are the same picture, across sources too."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Sources whose losses are measured every `evaluate_every_steps`."""
+    features: str | None = None
+    """Folder of a feature store made by `qformers data features` for `train`: the encoder is then not run."""
+    feature_views: int = 4
+    """Views of each picture in the store: the evaluation transform, and otherwise random training crops."""
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    """Size, crop, flip and normalisation of the pictures."""
+    batch_size: int = 2320
+    """Pairs that ITC contrasts with each other, over all processes together. The paper's for ViT-L."""
+    workers: int = 4
+    """Loading processes per training process; 0 loads between the steps."""
+    max_text_tokens: int = 32
+    """Longer captions are cut (LAVIS; the paper gives none)."""
+    max_broken_fraction: float = 0.01
+    """Stop when more than this share of the pictures cannot be read."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError(
+                "data.train names no source: give at least one, e.g. --data.train '[{path: pairs.jsonl}]'"
+            )
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.feature_views", self.feature_views, 1)
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.max_text_tokens", self.max_text_tokens, 3)
+        _within("data.max_broken_fraction", self.max_broken_fraction, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW, linear warm-up, cosine to a floor (paper, section 3.4)."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Where the cosine ends. LAVIS's; the paper gives a floor for stage 2 only (5e-5)."""
+    pretrained_lr_scale: float = 1.0
+    """Share of the rate at which weights that came from the BERT learn. The paper trains all alike; a short
+    run on little data keeps more of what the BERT knows with 0.1."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """LAVIS: (0.9, 0.999)."""
+    weight_decay: float = 0.05
+    """On weight matrices only, see `optimiser.decay_groups`."""
+    warmup_steps: int = 2000
+    """From 0 to `lr`. LAVIS: 5000, from 1e-6."""
+    clip_norm: float = 1.0
+    """Largest norm of all gradients together; longer ones are scaled down to it. Not in the paper."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+            raise ConfigError(
+                f"optimiser.min_lr {self.min_lr} and lr {self.lr}: needed is 0 <= min_lr <= lr and 0 < lr, "
+                "or the schedule would not fall"
+            )
+        for number, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"optimiser.betas[{number}] is {beta}: must be at least 0 and below 1")
+        _at_least("optimiser.weight_decay", self.weight_decay, 0)
+        _at_least("optimiser.pretrained_lr_scale", self.pretrained_lr_scale, 0)
+        _at_least("optimiser.warmup_steps", self.warmup_steps, 0)
+        if self.clip_norm <= 0:
+            raise ConfigError(f"optimiser.clip_norm is {self.clip_norm}: must be above 0, or no step would move")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage-1 run, whole: `train(config)` needs nothing else, and the run folder keeps a copy."""
+
+    output: str
+    """Run folder: config, log, metrics, checkpoints and at the end the model."""
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: Stage1LossConfig = field(default_factory=Stage1LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    seed: int = 0
+    """Decides the fresh weights, the order of the data, crops, dropout and negatives."""
+    steps: int = 250_000
+    """Optimiser steps of the whole run, resumed parts included."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the arithmetic; trained weights are kept in fp32. The paper used fp16 with loss scaling."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are averaged into one step. ITC contrasts within each batch only."""
+    log_every_steps: int = 50
+    """Rows of metrics; the loss is read from the device only then."""
+    checkpoint_every_steps: int = 1000
+    """A killed run repeats at most this many steps."""
+    keep_checkpoints: int = 3
+    """Older ones are removed."""
+    evaluate_every_steps: int = 5000
+    """How often to measure the losses on `data.validation`, if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "accumulation_steps",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "evaluate_every_steps",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"precision is {self.precision!r}: must be bf16 or fp32")
+        if self.optimiser.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"optimiser.warmup_steps is {self.optimiser.warmup_steps} and steps is {self.steps}: "
+                "the run would end before the learning rate has reached its peak"
+            )
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is {value}: must be at least {least}")
+
+
+def _within(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {value}: must be between {least} and {most}")

@@ -1,0 +1,220 @@
+"""The training run. `train` is the step, top to bottom; what it needs before the first step is in `setup.py`.
+
+A run has no state but its weights, AdamW's moments and the number of the step: the order of the data, crops,
+captions, dropout and negatives are functions of (seed, step). So a run that is killed and resumed ends with
+the weights of one that never was, bit for bit, on the same machine with the same number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from qformers.data.dataset import CaptionDataset
+from qformers.errors import QFormersError
+from qformers.models.saving import save_model
+from qformers.objectives.stage1 import Stage1Output
+from qformers.training.batches import training_batches, validation_batches
+from qformers.training.checkpoint import save_checkpoint
+from qformers.training.config import TrainConfig
+from qformers.training.logging import open_log
+from qformers.training.optimiser import learning_rate, set_learning_rate
+from qformers.training.setup import CHECKPOINTS, Run, announce, build_run, find_checkpoint
+
+NAMES_SHOWN = 8
+
+Names = tuple[str, ...]
+
+
+class NonFiniteLossError(QFormersError):
+    """A loss or gradient is not finite. The state before that step has been saved."""
+
+
+class TrainingStoppedError(QFormersError):
+    """A signal asked the run to stop. Its state has been saved."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run left its model, and the newest value of every metric (main process only)."""
+
+    model: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
+    """Train stage 1 (paper, section 3.1) as `config` says; "auto" goes on from the newest checkpoint.
+
+    Raises:
+        ConfigError, DataError: the settings or the data do not fit.
+        CheckpointError: a checkpoint does not fit, or cannot be written.
+        NonFiniteLossError, TrainingStoppedError: the run ended early, its state saved.
+    """
+    output = Path(config.output)
+    checkpoint = find_checkpoint(output, resume)
+    # Without `cpu`, accelerate takes each process of a torchrun on a machine without GPU for the only one.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with="tensorboard", project_dir=output)
+    run = build_run(config, checkpoint, accelerator)
+    objective, optimiser = run.objective, run.optimiser
+    batches = training_batches(config, run.train_data, run.first_step, accelerator)
+
+    with open_log(config, run.first_step, accelerator) as log, stop_signals() as stop:
+        announce(config, run, accelerator)
+        for step in range(run.first_step, config.steps + 1):
+            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
+            rate = set_learning_rate(optimiser, learning_rate(step, config.optimiser, config.steps))
+            done: list[tuple[Names, Stage1Output]] = []
+            for number in range(1, config.accumulation_steps + 1):
+                batch = next(batches)
+                is_last = number == config.accumulation_steps
+                with nullcontext() if is_last else accelerator.no_sync(objective):
+                    with autocast(config, accelerator):
+                        result = objective(batch)
+                    accelerator.backward(result.total / config.accumulation_steps)
+                done.append((batch.names, result))
+            grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, config.optimiser.clip_norm)
+            # The step's one wait for the device: no weight may move by a gradient that is not a number.
+            if on_any_process(not_finite(grad_norm, done), accelerator):
+                save(config, run, step - 1, accelerator)
+                raise NonFiniteLossError(accuse(step, done, output))
+            optimiser.step()
+            optimiser.zero_grad()
+            run.model.clamp_temperature()
+
+            log.advance(step)
+            row: dict[str, float] = {}
+            if step % config.log_every_steps == 0 or step == config.steps:
+                row = {**mean_terms(done, accelerator), "lr": rate, "grad_norm": grad_norm.item()}
+                row["images_per_second"] = log.images_per_second(step)
+            if run.validation_data is not None and step % config.evaluate_every_steps == 0:
+                row |= validate(config, run, run.validation_data, accelerator)
+                log.start_clock(step)
+            if row:
+                log.write(step, row)
+            stopping = on_any_process(bool(stop), accelerator)
+            if step % config.checkpoint_every_steps == 0 or step == config.steps or stopping:
+                save(config, run, step, accelerator)
+            if stopping and step < config.steps:
+                raise TrainingStoppedError(f"stopped after step {step} of {config.steps}; go on with --resume auto")
+        if accelerator.is_main_process:
+            save_model(run.model, config.model, run.tokenizer, output / "model")
+    return TrainResult(output / "model", config.steps, log.last)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of all that a process draws during one step: dropout masks and hard negatives."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def autocast(config: TrainConfig, accelerator: Accelerator) -> torch.autocast:
+    """bf16 arithmetic over fp32 weights, or nothing."""
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def not_finite(grad_norm: Tensor, done: Sequence[tuple[Names, Stage1Output]]) -> bool:
+    """Whether the gradient or a loss of the step is infinite or not a number. Waits for the device, once."""
+    return not math.isfinite(grad_norm + sum(result.total.detach() for _, result in done))
+
+
+def accuse(step: int, done: Sequence[tuple[Names, Stage1Output]], output: Path) -> str:
+    """One line on what was not finite and on which pictures; all their names go to a file beside the log."""
+    what, names = "the gradient is not finite", [name for batch, _ in done for name in batch]
+    for batch, result in reversed(done):
+        for term, value in result.losses.items():
+            if not torch.isfinite(value):
+                what, names = f"loss {term} is {value.item()}", list(batch)
+    listed = output / f"not_finite_step_{step:08d}.txt"
+    listed.write_text("\n".join(names) + "\n", encoding="utf-8")
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return (
+        f"{what} in step {step} on {', '.join(names[:NAMES_SHOWN])}{more} (all in {listed}); "
+        f"the state after step {step - 1} is saved"
+    )
+
+
+@torch.no_grad()
+def mean_terms(done: Sequence[tuple[Names, Stage1Output]], accelerator: Accelerator) -> dict[str, float]:
+    """Losses and statistics, averaged over the batches of `done` and over the processes."""
+    rows = [
+        {
+            "loss/total": result.total,
+            **{f"loss/{name}": value for name, value in result.losses.items()},
+            **result.stats,
+        }
+        for _, result in done
+    ]
+    means = torch.stack([torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]])
+    everywhere = cast(Tensor, accelerator.reduce(means, "mean"))
+    return dict(zip(rows[0], everywhere.tolist(), strict=True))
+
+
+@torch.no_grad()
+def validate(config: TrainConfig, run: Run, dataset: CaptionDataset, accelerator: Accelerator) -> dict[str, float]:
+    """The mean of each loss and statistic on `dataset`, with the same hard negatives' draws every time."""
+    torch.manual_seed(config.seed)
+    run.objective.eval()
+    done = []
+    for batch in validation_batches(config, dataset, accelerator):
+        with autocast(config, accelerator):
+            done.append((batch.names, run.objective(batch)))
+    run.objective.train()
+    return {f"validation/{name.removeprefix('loss/')}": mean for name, mean in mean_terms(done, accelerator).items()}
+
+
+def on_any_process(here: bool, accelerator: Accelerator) -> bool:
+    """The same answer on all processes, so that none waits for one that has stopped."""
+    if accelerator.num_processes == 1:
+        return here
+    count = accelerator.reduce(torch.tensor(float(here), device=accelerator.device))
+    return cast(Tensor, count).item() > 0
+
+
+def save(config: TrainConfig, run: Run, step: int, accelerator: Accelerator) -> None:
+    """Save the state after `step`. Processes hold equal copies, so the main one's is enough."""
+    if accelerator.is_main_process:
+        folder = Path(config.output) / CHECKPOINTS
+        save_checkpoint(folder, step, run.model, run.optimiser, config.keep_checkpoints)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM, so that a step is finished and saved before the run ends.
+
+    A second signal acts as if this were not here: it ends the run at once.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may handle signals; a run inside another thread is stopped by its owner.
+        yield received
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    for number in previous:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()

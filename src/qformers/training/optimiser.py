@@ -1,0 +1,68 @@
+"""AdamW with decay where decay belongs, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from qformers.models.bert import started_from_bert
+from qformers.training.config import OptimiserConfig
+
+FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+
+def learning_rate(step: int, config: OptimiserConfig, total_steps: int) -> float:
+    """The rate of step 1 … `total_steps`: linear from 0 to `lr`, then half a cosine down to `min_lr`.
+
+    With `min_lr` 0 this is transformers' `get_cosine_schedule_with_warmup`. Counting from 1 gives the first
+    step a rate above 0 and the last step exactly `min_lr`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Trainable parameters by name: those that decay, and those that must not.
+
+    Decay pulls towards zero, which only makes sense for weight matrices. Spared are biases, LayerNorms and
+    every other parameter of fewer than two axes (the temperature among them), and learned vectors that are
+    *inputs*: query tokens and embeddings, all of which the authors' code decays.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, spared = {}, {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        leaf = name.rpartition(".")[2]
+        is_input = id(parameter) in embeddings or "token" in leaf or "embed" in leaf
+        group = spared if parameter.ndim < 2 or is_input else decayed
+        group[name] = parameter
+    return decayed, spared
+
+
+def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model`, fused where the device has the kernel.
+
+    Each group carries its `lr_scale`: weights that came from the BERT learn at `pretrained_lr_scale` of the
+    rate.
+    """
+    decayed, spared = decay_groups(model)
+    groups = []
+    for members, weight_decay in ((decayed, config.weight_decay), (spared, 0.0)):
+        for pretrained, lr_scale in ((False, 1.0), (True, config.pretrained_lr_scale)):
+            chosen = [parameter for name, parameter in members.items() if started_from_bert(name) == pretrained]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay, "lr_scale": lr_scale})
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=devices <= FUSED_DEVICES)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> float:
+    """Use `rate`, times the group's scale, for every parameter from the next step on; gives `rate` back."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+    return rate

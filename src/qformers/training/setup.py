@@ -1,0 +1,174 @@
+"""Everything a run needs before its first step, built from its config."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from qformers.data.config import SourceConfig
+from qformers.data.dataset import CaptionDataset
+from qformers.data.features import FeatureKey, FeatureStore, records_fingerprint
+from qformers.data.sources import open_source
+from qformers.data.text import CaptionTokenizer
+from qformers.errors import ConfigError
+from qformers.models.freezing import frozen_parts
+from qformers.models.presets import build_stage1
+from qformers.models.stage1 import Stage1Model
+from qformers.models.vision import VisionEncoder, build_vision_encoder
+from qformers.objectives.stage1 import Stage1Objective
+from qformers.training.checkpoint import load_checkpoint, newest_checkpoint
+from qformers.training.config import TrainConfig
+from qformers.training.optimiser import build_optimiser
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, on their device. `objective` is the model with its losses, made distributed."""
+
+    model: Stage1Model
+    objective: nn.Module
+    optimiser: torch.optim.Optimizer
+    tokenizer: CaptionTokenizer
+    train_data: CaptionDataset
+    validation_data: CaptionDataset | None
+    first_step: int
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def find_checkpoint(output: Path, resume: str | None) -> Path | None:
+    """The newest whole checkpoint of `output` when `resume` is "auto"; None to start afresh.
+
+    Raises:
+        ConfigError: `output` holds something and resuming was not asked for.
+    """
+    if resume not in (None, "auto"):
+        raise ConfigError(f"--resume is {resume!r}: the only choice is auto")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file: give a folder as --output")
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if resume is None:
+        raise ConfigError(f"{output} already holds a run; use --resume auto or another --output")
+    return newest_checkpoint(output / CHECKPOINTS)
+
+
+def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerator) -> Run:
+    """Data, model and optimiser of `config`, filled from `checkpoint` if there is one.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the settings, the data or the checkpoint do not fit together.
+    """
+    tokenizer = CaptionTokenizer.from_pretrained(config.model.text_encoder, config.data.max_text_tokens)
+    encoder = build_encoder(config)
+    records = open_sources(config.data.train)
+    store = None
+    if config.data.features is not None:
+        store = FeatureStore.open(config.data.features, feature_key(config, encoder, records))
+    transform = config.data.transform
+    train_data = CaptionDataset(records, tokenizer, transform, train=True, seed=config.seed, features=store)
+    validation_data = None
+    if config.data.validation:
+        held_out = open_sources(config.data.validation)
+        validation_data = CaptionDataset(held_out, tokenizer, transform, train=False, seed=config.seed, features=None)
+
+    torch.manual_seed(config.seed)
+    model = build_stage1(config.model, tokenizer.vocab_size, encoder).to(accelerator.device).train()
+    optimiser = build_optimiser(model, config.optimiser)
+    first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
+    objective = accelerator.prepare_model(Stage1Objective(model, config.objectives))
+    return Run(model, objective, optimiser, tokenizer, train_data, validation_data, first_step)
+
+
+def build_encoder(config: TrainConfig) -> VisionEncoder:
+    """The frozen image encoder, in the run's precision (it has no master weights: nothing in it is trained).
+
+    Raises:
+        ConfigError: pictures would be normalised otherwise than the encoder was trained with.
+    """
+    transform = config.data.transform
+    encoder = build_vision_encoder(
+        config.model.vision_encoder,
+        layer=config.model.vision_layer,
+        image_px=transform.image_px,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+    )
+    for name, chosen, own in (("mean", transform.mean, encoder.mean), ("std", transform.std, encoder.std)):
+        if any(abs(a - b) > 1e-3 for a, b in zip(chosen, own, strict=True)):
+            raise ConfigError(
+                f"data.transform.{name} is {list(chosen)}, but {config.model.vision_encoder} was trained "
+                f"with {list(own)}: set data.transform.{name} to that"
+            )
+    return encoder
+
+
+def open_sources(sources: list[SourceConfig]) -> datasets.Dataset:
+    """The records of all sources, one after another. Equal image ids are one picture, across sources too."""
+    columns = ["image", "captions", "image_id", "name"]
+    return datasets.concatenate_datasets([open_source(source).select_columns(columns) for source in sources])
+
+
+def feature_key(config: TrainConfig, encoder: VisionEncoder, records: datasets.Dataset) -> FeatureKey:
+    """What precomputed features of `records` depend on; a store with another key is refused."""
+    return FeatureKey(
+        encoder=encoder.fingerprint(),
+        layer=encoder.layer,
+        image_px=encoder.image_px,
+        transform=asdict(config.data.transform),
+        views=config.data.feature_views,
+        records=records_fingerprint(cast(Iterable[Mapping[str, Any]], records)),
+    )
+
+
+def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
+    """Log what is trained on what and from which step, and keep the resolved config beside the run.
+
+    When a run goes on with other settings than before, each is named in a warning.
+    """
+    if not accelerator.is_main_process:
+        return
+    path = Path(config.output) / CONFIG_FILE
+    settings = json.loads(json.dumps(asdict(config)))
+    if path.exists():
+        before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(settings)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                logger.warning("%s was %s and is now %s", name, before.get(name), now.get(name))
+    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    frozen = ", ".join(f"{name}, {count:,}" for name, count in frozen_parts(run.model).items())
+    logger.info(
+        "training %s parameters (frozen: %s) on %d pictures, %s, %d process(es) on %s, steps %d to %d",
+        f"{sum(parameter.numel() for parameter in run.trained):,}",
+        frozen,
+        len(run.train_data),
+        config.precision,
+        accelerator.num_processes,
+        accelerator.device.type,
+        run.first_step,
+        config.steps,
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,70 @@
+"""A whole training run that takes seconds: random pictures, a tiny random encoder, a tiny vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BertTokenizer, Dinov2Config, Dinov2Model
+
+from qformers.data.config import SourceConfig, TransformConfig
+from qformers.models.config import ModelConfig
+from qformers.training.config import DataConfig, OptimiserConfig, TrainConfig
+
+WORDS = ["a", "the", "picture", "of", "red", "green", "blue", "white", "dark", "square", "circle", "line"]
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def write_toy_data(folder: Path, pictures: int = 16) -> None:
+    """`pairs.jsonl` with its pictures, `encoder` (DINOv2) and `text` (a BERT tokenizer)."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(pictures):
+        pixels = draw.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": " ".join(draw.choice(WORDS, 6))})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    shape = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, mlp_ratio=2)
+    Dinov2Model(shape).save_pretrained(folder / "encoder")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+
+
+def toy_config(data: Path, output: Path, *, workers: int = 0, features: Path | None = None, **settings) -> TrainConfig:
+    """A run of 12 steps over the toy data, logging every step and saving every fifth."""
+    source = SourceConfig(path=str(data / "pairs.jsonl"))
+    chosen = {
+        "data": DataConfig(
+            train=[source],
+            validation=[source],
+            features=str(features) if features else None,
+            feature_views=2,
+            transform=TransformConfig(image_px=28, **IMAGENET),
+            batch_size=4,
+            workers=workers,
+        ),
+        "model": ModelConfig(
+            vision_encoder=str(data / "encoder"),
+            text_encoder=str(data / "text"),
+            preset="tiny",
+            start_from_text_encoder=False,
+            num_queries=4,
+            embed_dim=16,
+        ),
+        "optimiser": OptimiserConfig(lr=3e-3, warmup_steps=3),
+        "steps": 12,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 5,
+        "evaluate_every_steps": 6,
+        **settings,
+    }
+    return TrainConfig(output=str(output), **chosen)
+
+
+def metric_rows(output: Path) -> list[dict]:
+    """The rows of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
