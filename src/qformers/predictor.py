@@ -21,7 +21,7 @@ from qformers.errors import DataError
 from qformers.evaluation.scoring import itc_similarities, match_logits, text_features
 from qformers.models.config import ModelConfig
 from qformers.models.inspection import cross_attention_weights
-from qformers.models.saving import TOKENIZER_FOLDER, load_model, save_model
+from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder, save_model
 from qformers.models.stage1 import Stage1Model
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
@@ -45,7 +45,7 @@ class EncodedTexts:
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Predictor:
-    """The model saved in `path`: a run's `model/` folder, or what `save_pretrained` wrote.
+    """The model saved in `path`: a run folder, or what `save_pretrained` wrote.
 
     Args:
         dtype: of the Q-Former; the frozen encoder keeps the one it was saved in unless both are float32.
@@ -57,7 +57,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     model = model.to(device)
     if dtype != torch.float32:
         model = model.to(dtype)
-    return Predictor(model, config, CaptionTokenizer.from_pretrained(Path(path) / TOKENIZER_FOLDER))
+    return Predictor(model, config, CaptionTokenizer.from_pretrained(model_folder(path) / TOKENIZER_FOLDER))
 
 
 class Predictor:

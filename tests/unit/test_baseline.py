@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from scipy.spatial.distance import cdist
 from qformers.demo.baseline import (
     RetrievalSet,
     embed_sentences,
+    fit_best_ridge,
     fit_ridge,
     pool_patches,
     ridge_similarities,
@@ -69,11 +72,28 @@ def test_the_choice_is_the_best_of_the_grid_and_is_refitted_on_both_parts():
     torch.testing.assert_close(chosen.weight, weight)
 
 
+def test_the_part_to_learn_from_is_chosen_on_the_validation_part():
+    good, validation = linear_world(60, 3, 0.3), linear_world(50, 4, 0.3)
+    shuffled = replace(linear_world(90, 5, 0.3), text_to_image=linear_world(90, 5, 0.3).text_to_image.flip(0))
+    mixed = good.joined(shuffled)
+    best = fit_best_ridge([mixed, mixed.subset(torch.arange(150) < 60), shuffled], validation)
+    torch.testing.assert_close(best.weight, fit_ridge(good, validation).weight)
+    assert best.validation_score > fit_ridge(mixed, validation).validation_score
+
+
+def test_a_subset_keeps_the_texts_of_its_images():
+    part = linear_world(5, 8, 0.1)
+    keep = torch.tensor([False, True, False, True, True])
+    smaller = part.subset(keep)
+    torch.testing.assert_close(smaller.targets(), part.targets()[keep])
+    assert torch.equal(smaller.image_features, part.image_features[keep])
+
+
 @pytest.mark.parametrize("centred", [True, False])
 def test_similarities_are_cosines_of_the_predictions(centred):
     part = linear_world(30, 5, 0.5)
     ridge = fit_ridge(part, linear_world(20, 6, 0.5))
-    ridge = type(ridge)(**{**vars(ridge), "centred": centred})
+    ridge = replace(ridge, centred=centred)
     standardised = (part.image_features - ridge.feature_mean) / ridge.feature_scale
     predicted = standardised.double() @ ridge.weight + ridge.text_mean
     shift = ridge.text_mean if centred else torch.zeros(8)

@@ -20,7 +20,7 @@ from qformers.data.features import FeatureStore
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.demo.assets import fetch_pictures
-from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_ridge, pool_patches, ridge_similarities
+from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_best_ridge, pool_patches, ridge_similarities
 from qformers.demo.dataset import build_demo_dataset
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
 from qformers.demo.recipe import SIZES, Size, demo_recipe
@@ -116,11 +116,18 @@ def _dataset(recipe: TrainConfig, store: FeatureStore | None) -> CaptionDataset:
 def _ridge(
     datasets: dict[str, CaptionDataset], stores: dict[str, FeatureStore], text_encoder: Path
 ) -> dict[str, Tensor]:
-    """Ridge similarities of the held-out sets, each with the penalty chosen on its own validation set."""
+    """Ridge similarities of the held-out sets; the penalty, and which kinds of training pictures to fit on, are
+    chosen on the validation set of the same kind."""
     sets = {name: _retrieval_set(datasets[name], stores[name], text_encoder) for name in datasets}
+    kinds = datasets["train"].records["kind"]
+    train = sets["train"]
+    parts = [
+        train.subset(torch.tensor([kind in chosen for kind in kinds]))
+        for chosen in (("concept",), ("concept", "single"), ("scene",), ("concept", "single", "scene"))
+    ]
     similarities = {}
     for kind in EVALUATED:
-        ridge = fit_ridge(sets["train"], sets[f"validation_{kind}"])
+        ridge = fit_best_ridge(parts, sets[f"validation_{kind}"])
         held_out = sets[f"held_out_{kind}"]
         similarities[kind] = ridge_similarities(ridge, held_out.image_features, held_out.text_embeds)
     return similarities

@@ -97,7 +97,7 @@ def write_demo_report(
                 queries=recipe.model.num_queries,
                 objectives=["ITC", "ITM", "ITG"],
                 pictures=counts["train"],
-                captions=counts["captions"],
+                captions=counts["train_captions"],
                 steps=recipe.steps,
                 batch_size=recipe.data.batch_size,
                 seconds=seconds.get("train", 0.0),

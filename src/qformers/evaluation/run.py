@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from qformers.data.text import CaptionTokenizer
 from qformers.errors import DataError
 from qformers.evaluation.retrieval import RerankedSimilarities, rerank_similarities, retrieval_metrics
 from qformers.evaluation.scoring import image_features, itc_similarities, match_logits, text_features
-from qformers.models.saving import TOKENIZER_FOLDER, load_model
+from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder
 from qformers.models.stage1 import Stage1Model
 
 PICTURES_AT_ONCE = 32
@@ -56,7 +55,7 @@ def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -
     """
     model, _ = load_model(model_path)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = CaptionTokenizer.from_pretrained(Path(model_path) / TOKENIZER_FOLDER)
+    tokenizer = CaptionTokenizer.from_pretrained(model_folder(model_path) / TOKENIZER_FOLDER)
     encoder = model.vision_encoder
     transform = TransformConfig(image_px=encoder.image_px, mean=encoder.mean, std=encoder.std)
     dataset = CaptionDataset(open_source(source), tokenizer, transform, train=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,29 +19,34 @@ from qformers.models.vision import VisionEncoder
 
 INITIAL_TEMPERATURE = 0.07
 VISION_NORM_EPS = 1e-5  # LAVIS's ln_vision; Hugging Face's post_layernorm has 1e-6
-INITIAL_STD = 0.02
+QUERY_STD = 0.02
 
 
 @dataclass(frozen=True)
 class QFormerShape:
-    """Sizes of one Q-Former."""
+    """Sizes of one Q-Former.
+
+    `initial_std` is of fresh linear and embedding weights: BERT's 0.02 suits 768 wide; at half the width it leaves
+    the image so faint in the queries that learning starts much later.
+    """
 
     layers: int
     dim: int
     heads: int
     ffn_dim: int
     max_positions: int = 512
+    initial_std: float = 0.02
 
 
 PRESETS = {
     "blip2": QFormerShape(layers=12, dim=768, heads=12, ffn_dim=3072),
-    "small": QFormerShape(layers=6, dim=384, heads=12, ffn_dim=1536),
+    "small": QFormerShape(layers=6, dim=384, heads=12, ffn_dim=1536, initial_std=0.05),
     "tiny": QFormerShape(layers=2, dim=32, heads=4, ffn_dim=64),
 }
 
 
 def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, vocab_size: int) -> QFormer:
-    """A randomly initialised Q-Former (linear and embedding weights N(0, 0.02), biases 0, as BERT)."""
+    """A randomly initialised Q-Former: linear and embedding weights N(0, `initial_std`), biases 0."""
     if config.num_queries < 1:
         raise ConfigError(f"num_queries is {config.num_queries}: at least 1 query is needed to read the image")
     if config.cross_attention_frequency < 1:
@@ -65,8 +71,8 @@ def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, voc
         dropout=config.dropout,
     )
     # Hugging Face leaves fresh query tokens at zero: then all queries stay identical for ever.
-    nn.init.normal_(qformer.query_tokens, std=INITIAL_STD)
-    qformer.apply(_initialise)
+    nn.init.normal_(qformer.query_tokens, std=QUERY_STD)
+    qformer.apply(partial(_initialise, std=shape.initial_std))
     return qformer
 
 
@@ -93,15 +99,15 @@ def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEnc
         dec_id=vocab_size - 1,
     )
     for part in (model.vision_projection, model.text_projection, model.itm_head, model.itg_head):
-        part.apply(_initialise)
+        part.apply(partial(_initialise, std=shape.initial_std))
     if config.start_from_text_encoder:
         load_bert_weights(model, config.text_encoder)
     freeze(vision_encoder, "vision_encoder")
     return model
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=INITIAL_STD)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

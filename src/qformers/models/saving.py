@@ -69,7 +69,7 @@ def load_model(folder: str | Path) -> tuple[Stage1Model, ModelConfig]:
     Raises:
         CheckpointError: no such folder, damaged files, or weights of another shape than config.json says.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     description = read_description(folder)
     try:
         config = ModelConfig(**description["model"])
@@ -83,6 +83,12 @@ def load_model(folder: str | Path) -> tuple[Stage1Model, ModelConfig]:
     return model.eval(), config
 
 
+def model_folder(path: str | Path) -> Path:
+    """The folder of the model itself, where `path` may also be the run that made it."""
+    inside = Path(path) / "model"
+    return inside if (inside / CONFIG_FILE).is_file() else Path(path)
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """config.json of a saved model.
 
@@ -91,8 +97,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        hint = " (a run folder keeps its model in model/)" if (folder / "model" / CONFIG_FILE).is_file() else ""
-        raise CheckpointError(f"{folder}: no qformers model here, config.json is missing{hint}")
+        raise CheckpointError(f"{folder}: no qformers model here, config.json is missing")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

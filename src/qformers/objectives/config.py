@@ -11,5 +11,8 @@ class Stage1LossConfig:
 
     label_smoothing: float = 0.1
     """Of the ITC targets and of the ITG tokens, as the authors' code (the paper does not say)."""
+    hard_negative_fraction: float = 1.0
+    """Share of ITM's negatives drawn by similarity; the rest evenly. The paper's is 1; a short run needs easy ones
+    too: with hard ones alone ITM stays at chance for its first hundreds of steps."""
     use_image_ids: bool = True
     """Pairs that share an image id share ITC targets and are never each other's ITM negatives."""

@@ -33,25 +33,28 @@ def sample_hard_negatives(
     sim_t2i: Float[Tensor, "batch batch"],
     temperature: Float[Tensor, ""],
     positives: Bool[Tensor, "batch batch"],
+    hard_fraction: float = 1.0,
 ) -> HardNegatives:
     """Draw negatives in proportion to softmax(similarity / temperature), positives masked out.
 
-    Images are drawn first, then texts, as the authors' code does.
+    Images are drawn first, then texts, as the authors' code does. With `hard_fraction` below 1 that share of the
+    probability is the softmax's and the rest is spread evenly over all negatives.
     """
-    images, image_exists = _draw(sim_t2i / temperature, positives)
-    texts, text_exists = _draw(sim_i2t / temperature, positives)
+    images, image_exists = _draw(sim_t2i / temperature, positives, hard_fraction)
+    texts, text_exists = _draw(sim_i2t / temperature, positives, hard_fraction)
     return HardNegatives(images, texts, image_exists, text_exists)
 
 
 def _draw(
-    scores: Float[Tensor, "batch batch"], positives: Bool[Tensor, "batch batch"]
+    scores: Float[Tensor, "batch batch"], positives: Bool[Tensor, "batch batch"], hard_fraction: float
 ) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
     exists = ~positives.all(dim=1)
     itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     allowed = torch.where(exists[:, None], ~positives, itself)
     # A NaN must reach the loss, where training names it; multinomial would end the process (on a GPU, hard).
     weights = scores.nan_to_num().masked_fill(~allowed, -torch.inf).softmax(dim=1)
-    return torch.multinomial(weights, 1)[:, 0], exists
+    evenly = allowed / allowed.sum(dim=1, keepdim=True)
+    return torch.multinomial(hard_fraction * weights + (1 - hard_fraction) * evenly, 1)[:, 0], exists
 
 
 def itm_logits(

@@ -55,7 +55,11 @@ class Stage1Objective(nn.Module):
             # Negatives come from this process's own rows: local columns of the global similarities.
             local = slice(process_offset(len(batch)), process_offset(len(batch)) + len(batch))
             negatives = sample_hard_negatives(
-                sim_i2t[:, local], sim_t2i[:, local], model.temperature, positives[:, local]
+                sim_i2t[:, local],
+                sim_t2i[:, local],
+                model.temperature,
+                positives[:, local],
+                config.hard_negative_fraction,
             )
         logits = itm_logits(model, packed.image, batch.input_ids, batch.attention_mask, negatives)
         labels = itm_labels(negatives)
