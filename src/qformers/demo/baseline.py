@@ -35,8 +35,11 @@ def embed_sentences(texts: Sequence[str], folder: str | Path, batch_size: int = 
     """
     from transformers import AutoModel, AutoTokenizer
 
+    from qformers.models.vision import quiet_loading
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder).eval()
+    with quiet_loading():
+        model = AutoModel.from_pretrained(folder).eval()
     # Texts of similar length share a batch, so little of it is padding.
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     embeddings = torch.empty(len(texts), model.config.hidden_size)

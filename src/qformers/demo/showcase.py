@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-import qformers
 from qformers.data.dataset import CaptionDataset
 from qformers.data.images import load_image
 from qformers.data.sources import picture_of
@@ -32,8 +31,10 @@ from qformers.demo.report import (
     write_report,
 )
 from qformers.evaluation.run import RetrievalScores
+from qformers.predictor import Predictor, load
 from qformers.training.config import TrainConfig
 from qformers.training.loop import TrainResult
+from qformers.training.setup import flat_settings
 
 SHOWN_QUERIES, SHOWN_CANDIDATES = 8, 3
 SHOWN_ATTENTION, SHOWN_MAPS = 4, 6
@@ -84,7 +85,7 @@ def write_demo_report(
     """Write report.html into the demo's folder. The data sets of `held_out` must hold pictures, not features."""
     recipe = demo.recipe
     rows = (demo.output / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    model = qformers.load(demo.result.model)
+    model = load(demo.result.model)
     counts = demo.data.counts
     flags = {"quick": " --quick", "standard": "", "long": " --long"}[demo.size]
     write_report(
@@ -118,7 +119,7 @@ def write_demo_report(
             ],
             attention=_attention(model, held_out["scenes"]),
             seconds=seconds,
-            settings=_flat(asdict(recipe)),
+            settings=flat_settings(asdict(recipe)),
             rerun=[f"qformers demo{flags} --seed {demo.seed} --output {demo.output}"],
             sources=[
                 Source(ASSETS[key].name, ASSETS[key].version, ASSETS[key].licence, ASSETS[key].home, used_for)
@@ -182,7 +183,7 @@ def _half_and_half(ranks: np.ndarray, seed: int) -> list[int]:
     return [int(query) for query in (*found[:half], *missed[:half])]
 
 
-def _attention(model: qformers.Predictor, dataset: CaptionDataset) -> list[AttentionExample]:
+def _attention(model: Predictor, dataset: CaptionDataset) -> list[AttentionExample]:
     """Last cross-attending block of the first held-out scenes, for the queries whose maps differ most."""
     examples = []
     for position in range(min(SHOWN_ATTENTION, len(dataset.first_records))):
@@ -206,10 +207,3 @@ def most_different(maps: Float[np.ndarray, "queries rows columns"], count: int) 
 
 def _picture(dataset: CaptionDataset, position: int) -> Image.Image:
     return load_image(picture_of(dataset.records[int(dataset.first_records[position])]))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -148,7 +148,7 @@ def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
     path = Path(config.output) / CONFIG_FILE
     settings = json.loads(json.dumps(asdict(config)))
     if path.exists():
-        before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(settings)
+        before, now = flat_settings(yaml.safe_load(path.read_text(encoding="utf-8"))), flat_settings(settings)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 logger.warning("%s was %s and is now %s", name, before.get(name), now.get(name))
@@ -167,8 +167,9 @@ def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
     )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one table: {"data": {"workers": 4}} becomes {"data.workers": 4}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
