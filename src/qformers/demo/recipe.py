@@ -84,7 +84,9 @@ def demo_recipe(
             attention_dropout=0.0,
         ),
         objectives=Stage1LossConfig(hard_negative_fraction=0.5),
-        optimiser=OptimiserConfig(lr=2e-3, pretrained_lr_scale=0.05, min_lr=2e-5, warmup_steps=max(2, size.steps // 12)),
+        optimiser=OptimiserConfig(
+            lr=2e-3, pretrained_lr_scale=0.05, min_lr=2e-5, warmup_steps=max(2, size.steps // 12)
+        ),
         seed=seed,
         steps=size.steps,
         log_every_steps=5,
