@@ -59,8 +59,8 @@ def demo_recipe(
     """The stage-1 run of the demo: the paper's three objectives on a small frozen encoder and a small BERT.
 
     Deviations from the paper, all for a run of minutes instead of days: 20 × its learning rate for fresh weights
-    (the BERT's learn at the paper's), no dropout (each picture is seen about twice), one precomputed view of each picture,
-    and half of ITM's negatives easy ones, without which ITM does not leave chance in so few steps.
+    (the BERT's learn at the paper's), no dropout (each picture is seen about twice), one precomputed view of each
+    picture, and half of ITM's negatives easy ones, without which ITM does not leave chance in so few steps.
     """
     return TrainConfig(
         output=str(output),
