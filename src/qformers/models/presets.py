@@ -26,8 +26,8 @@ QUERY_STD = 0.02
 class QFormerShape:
     """Sizes of one Q-Former.
 
-    `initial_std` is of fresh linear and embedding weights: BERT's 0.02 suits 768 wide; at half the width it leaves
-    the image so faint in the queries that learning starts much later.
+    `initial_std` is of fresh linear and embedding weights: BERT's 0.02 suits 768 wide; at half the width less of the
+    image would reach the queries through the fresh cross-attention.
     """
 
     layers: int
