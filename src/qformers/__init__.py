@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qformers.version import __version__
+
 if TYPE_CHECKING:
     from qformers.predictor import Predictor as Predictor
     from qformers.predictor import load as load
 
-__version__ = "0.1.0"
 __all__ = ["Predictor", "__version__", "load"]
 
 

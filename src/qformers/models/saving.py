@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import qformers
 from qformers.errors import CheckpointError
 from qformers.models.config import ModelConfig
 from qformers.models.presets import build_stage1
 from qformers.models.stage1 import Stage1Model
 from qformers.models.vision import VisionEncoder
+from qformers.version import __version__
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -47,7 +47,7 @@ def save_model(model: Stage1Model, config: ModelConfig, tokenizer: SavesItself, 
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         description = {
             "format": FORMAT,
-            "qformers_version": qformers.__version__,
+            "qformers_version": __version__,
             "model": asdict(config),
             "vocab_size": model.dec_id + 1,
             "vision": model.vision_encoder.describe(),
