@@ -69,7 +69,7 @@ def run() -> dict[str, object]:
     return {
         "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
         "seconds": {"ours": median(own for own, _ in times), "plain": median(peer for _, peer in times)},
-        "memory_ratio": saved_bytes(ours) / saved_bytes(plain),
+        "memory_ratio": saved_bytes(model, ours) / saved_bytes(model, plain),
         "flops": {"ours": flops(ours), "plain": flops(plain)},
         "batch": BATCH,
         "threads": torch.get_num_threads(),
@@ -86,13 +86,15 @@ def step_seconds(model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> f
     return time.perf_counter() - start
 
 
-def saved_bytes(losses: Callable[[], dict[str, Tensor]]) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each storage once; weights count on both sides."""
+def saved_bytes(model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> int:
+    """Bytes that the forward pass keeps for the backward pass, each storage once and without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -15,7 +15,6 @@ from qformers.models.config import ModelConfig
 from qformers.training.config import DataConfig, OptimiserConfig, TrainConfig
 
 WORDS = ["a", "the", "picture", "of", "red", "green", "blue", "white", "dark", "square", "circle", "line"]
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def write_toy_data(folder: Path, pictures: int = 16) -> None:
@@ -43,7 +42,7 @@ def toy_config(data: Path, output: Path, *, workers: int = 0, features: Path | N
             validation=[source],
             features=str(features) if features else None,
             feature_views=2,
-            transform=TransformConfig(image_px=28, **IMAGENET),
+            transform=TransformConfig(image_px=28),
             batch_size=4,
             workers=workers,
         ),

@@ -13,19 +13,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from qformers.data.config import TransformConfig
 from qformers.data.images import load_image
 from qformers.data.text import CaptionTokenizer
-from qformers.data.transforms import evaluation_transform
+from qformers.data.transforms import evaluation_transform, transform_for
 from qformers.errors import DataError
-from qformers.evaluation.scoring import itc_similarities, match_logits, text_features
+from qformers.evaluation.scoring import PICTURES_AT_ONCE, itc_similarities, match_logits, text_features
 from qformers.models.config import ModelConfig
 from qformers.models.inspection import cross_attention_weights
 from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder, save_model
 from qformers.models.stage1 import Stage1Model
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
-PICTURES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,17 @@ class EncodedTexts:
     features: Float[Tensor, "texts embed_dim"]
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Predictor:
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Predictor:
     """The model saved in `path`: a run folder, or what `save_pretrained` wrote.
 
     Args:
-        dtype: of the Q-Former; the frozen encoder keeps the one it was saved in unless both are float32.
+        dtype: of all weights; by default the Q-Former is in float32 and the frozen encoder as it was saved.
 
     Raises:
         CheckpointError: no such model, or damaged files.
     """
     model, config = load_model(path)
-    model = model.to(device)
-    if dtype != torch.float32:
-        model = model.to(dtype)
+    model = model.to(device, dtype)
     return Predictor(model, config, CaptionTokenizer.from_pretrained(model_folder(path) / TOKENIZER_FOLDER))
 
 
@@ -67,8 +63,7 @@ class Predictor:
         self.model = model.eval()
         self.config = config
         self.tokenizer = tokenizer
-        encoder = model.vision_encoder
-        self.transform = TransformConfig(image_px=encoder.image_px, mean=encoder.mean, std=encoder.std)
+        self.transform = transform_for(model.vision_encoder)
 
     @property
     def device(self) -> torch.device:

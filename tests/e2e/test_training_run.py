@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from toy_run import metric_rows, toy_config, write_toy_data
 
 from qformers.data.images import load_image
-from qformers.data.transforms import evaluation_transform
+from qformers.data.transforms import evaluation_transform, transform_for
 from qformers.errors import CheckpointError, ConfigError, DataError
 from qformers.models.saving import load_model
 from qformers.models.vision import VisionEncoder
@@ -163,9 +163,10 @@ def test_features_take_the_encoders_place(data, tmp_path, monkeypatch):
     config = toy_config(data, tmp_path / "run", features=tmp_path / "features")
     store = precompute(config)
     assert (store.records, store.views) == (16, 2)
-    picture = evaluation_transform(load_image(data / "5.png"), config.data.transform)
+    encoder = build_encoder(config)
+    picture = evaluation_transform(load_image(data / "5.png"), transform_for(encoder, config.data.transform))
     with torch.no_grad():
-        expected = build_encoder(config)(picture[None])[0]
+        expected = encoder(picture[None])[0]
     torch.testing.assert_close(store.read(5, 0), expected)
     assert not torch.equal(store.read(5, 1), store.read(5, 0))
 

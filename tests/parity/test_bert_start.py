@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
 from qformers.errors import CheckpointError
+from qformers.models.bert import started_from_bert
 from qformers.models.config import ModelConfig
 from qformers.models.masks import unimodal_mask
 from qformers.models.presets import build_stage1
@@ -49,6 +50,23 @@ def test_text_transformer_is_the_bert_it_started_from(tmp_path):
         _, outputs = qformer(qformer.no_queries(rows), text, unimodal_mask(0, attention_mask), [])
         expected = bert(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
         torch.testing.assert_close(outputs[attention_mask], expected[attention_mask], atol=1e-5, rtol=0)
+
+
+def test_names_that_count_as_started_from_bert_are_those_that_change(tmp_path):
+    """[DEC]'s row and the vocabulary head belong to no BertModel; every other weight is copied or it is not."""
+    save_bert(tmp_path)
+    torch.manual_seed(1)
+    fresh = build_stage1(
+        ModelConfig(preset="tiny", start_from_text_encoder=False, num_queries=4), VOCAB_SIZE, GivenPatches(VISION_DIM)
+    )
+    torch.manual_seed(1)
+    started = start_from(tmp_path)
+    changed = {
+        name
+        for (name, before), after in zip(fresh.named_parameters(), started.parameters(), strict=True)
+        if not torch.equal(before, after)
+    }
+    assert changed == {name for name in changed | dict(fresh.named_parameters()).keys() if started_from_bert(name)}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from qformers.data.config import TransformConfig
 from qformers.data.images import load_image
-from qformers.data.transforms import evaluation_transform, train_transform
+from qformers.data.transforms import evaluation_transform, train_transform, transform_for
 from qformers.errors import ConfigError, DataError
 
 RED = (255, 0, 0)
@@ -149,14 +150,26 @@ def test_an_endless_strip_costs_no_memory():
     assert middle.shape == (3, 224, 224) and abs(middle.mean() - 0.5) < 0.01
 
 
-def test_normalisation_is_clips():
-    grey = evaluation_transform(Image.new("RGB", (10, 10), (128, 128, 128)), TransformConfig(image_px=4))
-    expected = (128 / 255 - np.array([0.48145466, 0.4578275, 0.40821073])) / [
-        0.26862954,
-        0.26130258,
-        0.27577711,
-    ]
-    np.testing.assert_allclose(grey[:, 2, 2].numpy(), expected, rtol=1e-6)
+@dataclass
+class ClipInput:
+    """CLIP's published normalisation, as an image encoder would say it."""
+
+    image_px: int = 4
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+def test_normalisation_is_the_encoders():
+    grey = Image.new("RGB", (10, 10), (128, 128, 128))
+    pixels = evaluation_transform(grey, transform_for(ClipInput(), TransformConfig(flip=False)))
+    expected = (128 / 255 - np.array(ClipInput.mean)) / ClipInput.std
+    np.testing.assert_allclose(pixels[:, 2, 2].numpy(), expected, rtol=1e-6)
+
+
+def test_another_normalisation_than_the_encoders_is_refused():
+    transform_for(ClipInput(), TransformConfig(mean=(0.4815, 0.4578, 0.4082)))
+    with pytest.raises(ConfigError, match=r"transform.std is \[0.5, 0.5, 0.5\], but .* trained with \[0.2686"):
+        transform_for(ClipInput(), TransformConfig(std=(0.5, 0.5, 0.5)))
 
 
 def torchvision_params(width, height, scale, generator):

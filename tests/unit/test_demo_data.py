@@ -121,6 +121,17 @@ def test_nothing_of_a_held_out_concept_is_trained_on(built: Path) -> None:
         assert not {other["concept"] for other in train} & set(kin), f"a variant of {label} is trained on"
 
 
+def test_pictures_of_one_concept_share_a_group_and_scenes_do_not(built: Path) -> None:
+    """Training reads `group` as the image id: captions of one concept are no negatives of its other pictures."""
+    groups: dict[str, set[str]] = {}
+    for record in read(built, "train"):
+        groups.setdefault(record["image_id" if record["kind"] == "scene" else "concept"], set()).add(record["group"])
+    assert all(len(of_concept) == 1 for of_concept in groups.values())
+    assert len(set.union(*groups.values())) == len(groups)
+    concepts = [record["concept"] for record in read(built, "train") if record["kind"] != "scene"]
+    assert len(concepts) > len(set(concepts)), "no concept has two pictures: nothing was tested"
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_split_takes_whole_groups_and_all_vendors(folders: dict[str, Path], seed: int) -> None:
     emoji, stamps = load_emoji(folders), load_stamps(folders)

@@ -9,6 +9,8 @@ import torch
 from helpers import objective, random_batch, tiny_stage1
 
 from qformers.data.batch import IGNORED_LABEL
+from qformers.errors import ConfigError
+from qformers.objectives.config import Stage1LossConfig
 from qformers.objectives.itc import (
     itc_loss,
     max_over_queries,
@@ -82,6 +84,25 @@ def test_hard_negatives_follow_the_softmax_and_avoid_the_same_image():
             chi_square = ((counts[allowed] - expected) ** 2 / expected).sum()
             assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
     assert all(negatives.image_exists.all() and negatives.text_exists.all() for negatives in drawn)
+
+
+def test_a_part_of_the_negatives_is_drawn_evenly():
+    """Pearson's chi-square against the mixture; the hardest negative alone would be drawn with probability 1."""
+    torch.manual_seed(0)
+    positives, draws = torch.eye(5, dtype=torch.bool), 4000
+    similarity = torch.tensor([[0.0, 9.0, 1.0, 2.0, 3.0]]).expand(5, 5)
+    drawn = [sample_hard_negatives(similarity, similarity, ONE, positives, 0.4).texts[0] for _ in range(draws)]
+    counts = torch.bincount(torch.stack(drawn), minlength=5)
+    assert counts[0] == 0
+    expected = draws * (0.4 * similarity[0, 1:].softmax(dim=0) + 0.6 / 4)
+    assert ((counts[1:] - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("name", ["hard_negative_fraction", "label_smoothing"])
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_outside_0_to_1_is_refused(name, share):
+    with pytest.raises(ConfigError, match=rf"objectives.{name} is {share}: must be between 0 and 1"):
+        Stage1LossConfig(**{name: share})
 
 
 @pytest.mark.parametrize("image_ids", [[4], [4, 4, 4], [4, 4, 4, 9]])

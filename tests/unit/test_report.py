@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qformers.demo.plots import THEMES, attention_overlay, draw_loss, draw_recalls, picture_uri
+from qformers.demo.plots import THEMES, draw_loss, draw_recalls, picture_uri
 from qformers.demo.report import (
     AttentionExample,
     DemoResults,
@@ -22,6 +22,7 @@ from qformers.demo.report import (
     write_report,
 )
 from qformers.errors import DataError
+from qformers.evaluation.attention import attention_overlay
 
 METRICS = {f"{direction}_r{k}": k / 20 for direction in ("i2t", "t2i") for k in (1, 5, 10)}
 PICTURE = Image.new("RGB", (40, 30), "orange")

@@ -36,10 +36,10 @@ class TransformConfig:
 
     image_px: int = 224
     """Side of the square pictures that the encoder sees."""
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Of the red, green and blue channel on the 0–1 scale: CLIP's."""
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """Standard deviation of the channels: CLIP's."""
+    mean: tuple[float, float, float] | None = None
+    """Of the red, green and blue channel on the 0–1 scale; default: what the image encoder was trained with."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the channels; default: the image encoder's."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Range of the training crop's share of the picture's area (LAVIS)."""
     flip: bool = True
@@ -51,5 +51,5 @@ class TransformConfig:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"crop_scale is ({low}, {high}): it must satisfy 0 < low <= high <= 1")
-        if min(self.std) <= 0:
+        if self.std is not None and min(self.std) <= 0:
             raise ConfigError(f"std is {self.std}: pictures are divided by it, so it must be above 0")

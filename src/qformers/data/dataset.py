@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -181,10 +182,11 @@ def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
 
 
 class EpochSampler:
-    """Batches of (epoch, index) without end, reshuffled each epoch as a function of (seed, epoch).
+    """Batches of (epoch, index), reshuffled each epoch as a function of (seed, epoch).
 
     The rows left over at the end of an epoch are dropped, as torch's `drop_last` does. `start_step` continues
-    exactly where a run that took as many steps stopped. `batch_size` is of the whole step: process `rank`
+    exactly where a run that took as many steps stopped; after `stop_step` steps in all (None: never) it ends.
+    `batch_size` is of the whole step: process `rank`
     of `world_size` yields its equal slice of it, so what a step trains on does not depend on their number.
     Raises DataError if the data set is smaller than a batch, ConfigError if the slices are not equal.
     """
@@ -195,6 +197,7 @@ class EpochSampler:
         batch_size: int,
         seed: int = 0,
         start_step: int = 0,
+        stop_step: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -209,6 +212,7 @@ class EpochSampler:
         self.batch_size = batch_size
         self.seed = seed
         self.start_step = start_step
+        self.stop_step = stop_step
         self.rank = rank
         self.world_size = world_size
 
@@ -218,14 +222,13 @@ class EpochSampler:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, step = divmod(self.start_step, self.steps_per_epoch)
         local = self.batch_size // self.world_size
-        while True:
+        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
+        for epoch, of_epoch in itertools.groupby(steps, key=lambda step: step // self.steps_per_epoch):
             order = _generator(self.seed, epoch).permutation(self.length)
-            for first in range(step * self.batch_size, self.steps_per_epoch * self.batch_size, self.batch_size):
-                mine = order[first + self.rank * local : first + (self.rank + 1) * local]
-                yield [(epoch, int(index)) for index in mine]
-            epoch, step = epoch + 1, 0
+            for step in of_epoch:
+                first = step % self.steps_per_epoch * self.batch_size + self.rank * local
+                yield [(epoch, int(index)) for index in order[first : first + local]]
 
 
 def make_loader(
@@ -233,23 +236,26 @@ def make_loader(
     batch_size: int,
     seed: int = 0,
     start_step: int = 0,
+    stop_step: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Training batches without end: the same ones, in the same order, with any number of worker processes.
+    """Training batches up to `stop_step`: the same ones, in the same order, with any number of worker processes.
+
+    Without `stop_step` there is no end, and workers are then stopped in the middle of their work, which one may
+    leave by aborting: its queue's thread can still be handing over a batch when its interpreter goes.
 
     Workers are spawned, not forked (a fork of a process that runs CUDA or tokenizer threads can hang), so a
     script that uses them needs the usual `if __name__ == "__main__"`.
     """
     return DataLoader(
         dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, seed, start_step, rank, world_size),
+        batch_sampler=EpochSampler(len(dataset), batch_size, seed, start_step, stop_step, rank, world_size),
         collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
         num_workers=workers,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
         multiprocessing_context="spawn" if workers > 0 else None,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,12 +14,39 @@ from PIL import Image
 from torch import Tensor
 
 from qformers.data.config import TransformConfig
+from qformers.errors import ConfigError
 
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
 _STRIP_RATIO = 64
 
 Box = tuple[int, int, int, int]
+Channels = tuple[float, float, float]
+
+
+@runtime_checkable
+class EncoderInput(Protocol):
+    """What an image encoder says of the pictures it takes."""
+
+    image_px: int
+    mean: Channels
+    std: Channels
+
+
+def transform_for(encoder: EncoderInput, config: TransformConfig | None = None) -> TransformConfig:
+    """`config` with the size and the normalisation of `encoder`.
+
+    Raises:
+        ConfigError: `config` names another normalisation than the encoder was trained with.
+    """
+    config = config or TransformConfig()
+    for name, chosen, own in (("mean", config.mean, encoder.mean), ("std", config.std, encoder.std)):
+        if chosen is not None and any(abs(a - b) > 1e-3 for a, b in zip(chosen, own, strict=True)):
+            raise ConfigError(
+                f"transform.{name} is {list(chosen)}, but the image encoder was trained with {list(own)}: "
+                f"leave transform.{name} out, or set it to that"
+            )
+    return replace(config, image_px=encoder.image_px, mean=encoder.mean, std=encoder.std)
 
 
 def train_transform(
@@ -72,6 +101,7 @@ def _random_crop(width: int, height: int, scale: tuple[float, float], generator:
 
 
 def _normalise(image: Image.Image, config: TransformConfig) -> Float[Tensor, "3 height width"]:
+    assert config.mean is not None and config.std is not None, "transform_for fills them in"
     pixels = rearrange(torch.from_numpy(np.array(image)), "height width channel -> channel height width")
     mean, std = (rearrange(torch.tensor(value), "channel -> channel 1 1") for value in (config.mean, config.std))
     return ((pixels.float() / 255 - mean) / std).contiguous()

@@ -40,18 +40,19 @@ def embed_sentences(texts: Sequence[str], folder: str | Path, batch_size: int = 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with quiet_loading():
         model = AutoModel.from_pretrained(folder).eval()
-    # Texts of similar length share a batch, so little of it is padding.
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    embeddings = torch.empty(len(texts), model.config.hidden_size)
+    # Each text once, and texts of similar length in one batch, so little of it is padding.
+    distinct = sorted(set(texts), key=len)
+    parts = []
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            inputs = tokenizer([texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt")
+        for start in range(0, len(distinct), batch_size):
+            batch = distinct[start : start + batch_size]
+            inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
             mask = inputs["attention_mask"].unsqueeze(-1)
             states = model(**inputs).last_hidden_state
             means = (states * mask).sum(dim=1) / mask.sum(dim=1)
-            embeddings[rows] = torch.nn.functional.normalize(means, dim=1)
-    return embeddings
+            parts.append(torch.nn.functional.normalize(means, dim=1))
+    row = {text: number for number, text in enumerate(distinct)}
+    return torch.cat(parts)[[row[text] for text in texts]]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
 
-HEAT = (224, 49, 49)
 RECALLS = ("r1", "r5", "r10")
 LOSS_NAMES = {
     "itc": "contrastive loss (ITC)",
@@ -109,16 +107,6 @@ def draw_recalls(methods: Mapping[str, Mapping[str, float]], direction: str, the
         handletextpad=0.4,
     )
     return figure
-
-
-def attention_overlay(picture: Image.Image, attention: Float[np.ndarray, "rows columns"]) -> Image.Image:
-    """The picture in grey with red where a query looks, the strongest patch fully red; patches keep their edges."""
-    strength = attention.astype(np.float64)
-    strength = strength / max(float(strength.max()), 1e-12)
-    mask = Image.fromarray((strength * 215).round().astype(np.uint8))
-    grey = picture.convert("L").convert("RGB")
-    faded = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.25)
-    return Image.composite(Image.new("RGB", grey.size, HEAT), faded, mask.resize(grey.size, Image.Resampling.NEAREST))
 
 
 def picture_uri(picture: Image.Image, longest_px: int = 200) -> str:

@@ -13,7 +13,6 @@ from qformers.objectives.config import Stage1LossConfig
 from qformers.training.config import DataConfig, OptimiserConfig, TrainConfig
 
 Size = Literal["quick", "standard", "long"]
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def demo_recipe(
             features=str(features),
             feature_views=1,
             # Captions say left and right, so no flips.
-            transform=TransformConfig(image_px=size.image_px, mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=False),
+            transform=TransformConfig(image_px=size.image_px, flip=False),
             batch_size=size.batch_size,
             workers=0,
             max_text_tokens=14,

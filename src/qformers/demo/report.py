@@ -18,6 +18,7 @@ from PIL import Image
 
 from qformers.demo import plots
 from qformers.errors import DataError
+from qformers.evaluation.attention import attention_overlay
 
 TABLE_COLUMNS = tuple(
     (direction, recall) for direction in ("t2i", "i2t") for recall in ("r1", "r5", "r10", "median_rank")
@@ -209,7 +210,7 @@ def _attention(example: AttentionExample) -> dict[str, object]:
             f"report: attention of {example.title!r} has {len(example.maps)} maps for {len(example.queries)} queries"
         )
     overlays = [
-        {"query": query, "uri": plots.picture_uri(plots.attention_overlay(example.picture, attention), 160)}
+        {"query": query, "uri": plots.picture_uri(attention_overlay(example.picture, attention), 160)}
         for query, attention in list(zip(example.queries, example.maps, strict=True))[:MAX_OVERLAYS]
     ]
     return {"title": example.title, "picture": plots.picture_uri(example.picture, 160), "overlays": overlays}

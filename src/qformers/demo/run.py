@@ -37,7 +37,12 @@ EVALUATED = ("concepts", "scenes")
 
 
 class Stopwatch:
-    """Seconds of each phase, kept in a file, so that a demo that was interrupted adds up."""
+    """Seconds of each phase, kept in a file, so that a demo that was interrupted adds up.
+
+    Phases that go on where they stopped add to what they took before; the others are done again, whole.
+    """
+
+    GO_ON = ("fetch", "data", "features", "train")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,12 +50,15 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:
-        """Announce `what`, and add the time it takes to `name`."""
+        """Announce `what`, and count the time it takes, even when it is interrupted."""
         console.print(f"[bold]{name}[/bold]: {what}", highlight=False)
+        before = self.seconds.get(name, 0.0) if name in self.GO_ON else 0.0
         start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.path.write_text(json.dumps(self.seconds), encoding="utf-8")
+        try:
+            yield
+        finally:
+            self.seconds[name] = before + time.perf_counter() - start
+            self.path.write_text(json.dumps(self.seconds), encoding="utf-8")
 
 
 def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, Any]:

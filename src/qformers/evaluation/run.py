@@ -12,17 +12,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from qformers.data.config import SourceConfig, TransformConfig
+from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset, ImageView, collate
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
+from qformers.data.transforms import transform_for
 from qformers.errors import DataError
 from qformers.evaluation.retrieval import RerankedSimilarities, rerank_similarities, retrieval_metrics
-from qformers.evaluation.scoring import image_features, itc_similarities, match_logits, text_features
+from qformers.evaluation.scoring import PICTURES_AT_ONCE, image_features, itc_similarities, match_logits, text_features
 from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder
 from qformers.models.stage1 import Stage1Model
-
-PICTURES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -
     model, _ = load_model(model_path)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = CaptionTokenizer.from_pretrained(model_folder(model_path) / TOKENIZER_FOLDER)
-    encoder = model.vision_encoder
-    transform = TransformConfig(image_px=encoder.image_px, mean=encoder.mean, std=encoder.std)
-    dataset = CaptionDataset(open_source(source), tokenizer, transform, train=False)
+    dataset = CaptionDataset(open_source(source), tokenizer, transform_for(model.vision_encoder), train=False)
     scores = score_retrieval(model, dataset, rerank)
     counts = {"images": float(scores.itc.shape[0]), "texts": float(scores.itc.shape[1])}
     reranked = {f"reranked_{name}": value for name, value in scores.reranked_metrics().items()}

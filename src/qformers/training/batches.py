@@ -23,7 +23,7 @@ from qformers.training.config import TrainConfig
 def training_batches(
     config: TrainConfig, dataset: CaptionDataset, first_step: int, accelerator: Accelerator
 ) -> Iterator[Batch]:
-    """Endless batches from step `first_step` on, on the accelerator's device.
+    """The batches of steps `first_step` to the last, on the accelerator's device.
 
     Raises:
         ConfigError, DataError: batches of the asked size cannot be made. Later, while they are read,
@@ -34,6 +34,7 @@ def training_batches(
         config.data.batch_size,
         seed=config.seed,
         start_step=(first_step - 1) * config.accumulation_steps,
+        stop_step=config.steps * config.accumulation_steps,
         workers=config.data.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

@@ -120,7 +120,6 @@ class TrainConfig:
         ):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
-        _within("objectives.hard_negative_fraction", self.objectives.hard_negative_fraction, 0.0, 1.0)
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}: must be bf16 or fp32")
         if self.optimiser.warmup_steps >= self.steps:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from qformers.data.config import TransformConfig
 from qformers.data.features import FeatureStore, write_features
 from qformers.data.images import load_image
-from qformers.data.transforms import evaluation_transform, train_transform
+from qformers.data.transforms import evaluation_transform, train_transform, transform_for
 from qformers.errors import ConfigError, DataError
 from qformers.training.config import TrainConfig
 from qformers.training.setup import build_encoder, feature_key, open_sources
@@ -39,7 +39,8 @@ def precompute(config: TrainConfig) -> FeatureStore:
     device = PartialState().device
     records = open_sources(config.data.train)
     encoder = build_encoder(config).to(device)
-    views = PictureViews(records, config.data.transform, config.data.feature_views, config.seed)
+    transform = transform_for(encoder, config.data.transform)
+    views = PictureViews(records, transform, config.data.feature_views, config.seed)
 
     def pixel_values(start: int) -> Iterator[Float[Tensor, "batch 3 height width"]]:
         yield from DataLoader(

@@ -20,6 +20,7 @@ from qformers.data.dataset import CaptionDataset
 from qformers.data.features import FeatureKey, FeatureStore, records_fingerprint
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
+from qformers.data.transforms import transform_for
 from qformers.errors import ConfigError
 from qformers.models.freezing import frozen_parts
 from qformers.models.presets import build_stage1
@@ -83,7 +84,7 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
     store = None
     if config.data.features is not None:
         store = FeatureStore.open(config.data.features, feature_key(config, encoder, records))
-    transform = config.data.transform
+    transform = transform_for(encoder, config.data.transform)
     train_data = CaptionDataset(records, tokenizer, transform, train=True, seed=config.seed, features=store)
     validation_data = None
     if config.data.validation:
@@ -99,25 +100,13 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
 
 
 def build_encoder(config: TrainConfig) -> VisionEncoder:
-    """The frozen image encoder, in the run's precision (it has no master weights: nothing in it is trained).
-
-    Raises:
-        ConfigError: pictures would be normalised otherwise than the encoder was trained with.
-    """
-    transform = config.data.transform
-    encoder = build_vision_encoder(
+    """The frozen image encoder, in the run's precision (it has no master weights: nothing in it is trained)."""
+    return build_vision_encoder(
         config.model.vision_encoder,
         layer=config.model.vision_layer,
-        image_px=transform.image_px,
+        image_px=config.data.transform.image_px,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
     )
-    for name, chosen, own in (("mean", transform.mean, encoder.mean), ("std", transform.std, encoder.std)):
-        if any(abs(a - b) > 1e-3 for a, b in zip(chosen, own, strict=True)):
-            raise ConfigError(
-                f"data.transform.{name} is {list(chosen)}, but {config.model.vision_encoder} was trained "
-                f"with {list(own)}: set data.transform.{name} to that"
-            )
-    return encoder
 
 
 def open_sources(sources: list[SourceConfig]) -> datasets.Dataset:
@@ -132,7 +121,7 @@ def feature_key(config: TrainConfig, encoder: VisionEncoder, records: datasets.D
         encoder=encoder.fingerprint(),
         layer=encoder.layer,
         image_px=encoder.image_px,
-        transform=asdict(config.data.transform),
+        transform=asdict(transform_for(encoder, config.data.transform)),
         views=config.data.feature_views,
         records=records_fingerprint(cast(Iterable[Mapping[str, Any]], records)),
     )
