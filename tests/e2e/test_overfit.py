@@ -28,7 +28,7 @@ def trained() -> tuple[Stage1Model, Batch, Stage1Output]:
         step(batch).total.backward()
         optimiser.step()
         optimiser.zero_grad()
-        model.clamp_temperature()
+        step.after_step()
     return model.eval(), batch, step(batch)
 
 

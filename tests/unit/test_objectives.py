@@ -18,7 +18,8 @@ from qformers.objectives.itc import (
     same_image_matrix,
     similarities,
 )
-from qformers.objectives.itm import HardNegatives, itm_labels, itm_loss, sample_hard_negatives
+from qformers.objectives.itm import HardNegatives, itm_labels, itm_logits, itm_loss, sample_hard_negatives
+from qformers.objectives.stage1 import Stage1Objective
 
 ONE = torch.tensor(1.0)
 
@@ -98,7 +99,7 @@ def test_a_part_of_the_negatives_is_drawn_evenly():
     assert ((counts[1:] - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom, p = 0.001
 
 
-@pytest.mark.parametrize("name", ["hard_negative_fraction", "label_smoothing"])
+@pytest.mark.parametrize("name", ["hard_negative_fraction", "itm_fraction", "label_smoothing"])
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_outside_0_to_1_is_refused(name, share):
     with pytest.raises(ConfigError, match=rf"objectives.{name} is {share}: must be between 0 and 1"):
@@ -126,6 +127,21 @@ def test_the_objective_draws_with_the_image_ids_it_is_told_to_use():
     torch.testing.assert_close(objective(model)(batch).losses["itm"], positives_only)
     without_ids = objective(model, use_image_ids=False)(batch).losses["itm"]
     assert (without_ids - positives_only).abs() > 1e-3
+
+
+def test_itm_of_a_part_of_the_batch_is_itm_of_its_first_rows():
+    model, batch = tiny_stage1(), random_batch([4, 5, 6, 3])
+    everywhere = torch.ones(4, dtype=torch.bool)
+    negatives = HardNegatives(torch.tensor([3, 2, 1, 0]), torch.tensor([1, 3, 0, 2]), everywhere, everywhere)
+    packed = model.packed_pass(batch.patch_embeds, batch.input_ids, batch.attention_mask)
+    whole = itm_logits(model, packed.image, batch.input_ids, batch.attention_mask, negatives)
+    part = itm_logits(model, packed.image, batch.input_ids, batch.attention_mask, negatives.first(2))
+    torch.testing.assert_close(part, whole[[0, 1, 4, 5, 8, 9]])
+    model.temperature.data.fill_(1e-5)  # its draws are then certain
+    output = Stage1Objective(model, Stage1LossConfig(itm_fraction=0.5))(batch)
+    full = Stage1Objective(model, Stage1LossConfig())(batch)
+    assert not torch.isclose(output.losses["itm"], full.losses["itm"])
+    torch.testing.assert_close(output.losses["itc"], full.losses["itc"])
 
 
 def test_near_temperature_zero_the_objective_draws_the_hardest():
@@ -164,10 +180,12 @@ def test_a_loss_that_is_not_finite_reaches_the_caller():
 
 def test_temperature_is_kept_from_crossing_zero():
     model = tiny_stage1()
-    for value, kept in ((-0.04, 0.01), (0.5, 0.5)):
+    for least, value, kept in ((0.01, -0.04, 0.01), (0.01, 0.5, 0.5), (0.1, 0.07, 0.1)):
         model.temperature.data.fill_(value)
-        model.clamp_temperature()
+        Stage1Objective(model, Stage1LossConfig(min_temperature=least)).after_step()
         assert model.temperature.item() == pytest.approx(kept)
+    with pytest.raises(ConfigError, match=r"min_temperature is 0.0: similarities are divided by it"):
+        Stage1LossConfig(min_temperature=0.0)
 
 
 def test_stats_count_what_was_right():

@@ -23,8 +23,10 @@ class BrokenImage:
 class Batch:
     """Pictures (as pixels or as precomputed frozen features, exactly one of the two) and one caption for each.
 
-    `input_ids` are `[CLS] caption [SEP]`, padded on the right to the longest caption *of this batch*.
-    `attention_mask` is True on real tokens. Rows with equal `image_ids` show the same picture.
+    Stage 1: `input_ids` are `[CLS] caption [SEP]`. Stage 2: `input_ids` are what the language model reads and
+    `labels` what it is to say, IGNORED_LABEL elsewhere: of a decoder-only model at the same positions, of an
+    encoder-decoder the decoder's. All are padded on the right to the longest *of this batch*.
+    `attention_mask` is True on the real tokens of `input_ids`. Rows with equal `image_ids` show the same picture.
     `names` say where each row came from, for errors and logs.
     """
 
@@ -34,6 +36,7 @@ class Batch:
     names: tuple[str, ...]
     pixel_values: Float[Tensor, "batch 3 height width"] | None = None
     patch_embeds: Float[Tensor, "batch patches vision_dim"] | None = None
+    labels: Int[Tensor, "batch label_tokens"] | None = None
     broken: tuple[BrokenImage, ...] = field(default=())
 
     def __len__(self) -> int:

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from qformers.data.batch import Batch, BrokenImage
+from qformers.data.batch import IGNORED_LABEL, Batch, BrokenImage
 from qformers.data.images import load_image
 from qformers.data.sources import picture_of
-from qformers.data.text import CaptionTokenizer, clean_caption, pad
+from qformers.data.text import clean_caption, pad
 from qformers.data.transforms import TransformConfig, evaluation_transform, train_transform
 from qformers.errors import ConfigError, DataError
 
@@ -34,6 +34,20 @@ class FeatureReader(Protocol):
     def read(self, index: int, view: int) -> Float[Tensor, "patches vision_dim"]: ...
 
 
+@runtime_checkable
+class CaptionEncoder(Protocol):
+    """How a caption becomes ids: `CaptionTokenizer` for the Q-Former, `LanguageTokenizer` for a language model."""
+
+    @property
+    def pad_id(self) -> int: ...
+
+    def encode_example(
+        self, caption: str, generator: np.random.Generator | None
+    ) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " label_tokens"] | None]:
+        """`input_ids` and `labels` of one caption, not padded. Without a generator nothing is drawn."""
+        ...
+
+
 @dataclass(frozen=True)
 class Example:
     """One picture, as pixels or as precomputed features, with one caption's ids (not padded)."""
@@ -43,6 +57,7 @@ class Example:
     name: str
     pixel_values: Float[Tensor, "3 height width"] | None = None
     patch_embeds: Float[Tensor, "patches vision_dim"] | None = None
+    labels: Int[Tensor, " label_tokens"] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class CaptionDataset(TorchDataset):
     def __init__(
         self,
         records: datasets.Dataset,
-        tokenizer: CaptionTokenizer,
+        tokenizer: CaptionEncoder,
         transform: TransformConfig,
         train: bool,
         seed: int = 0,
@@ -99,11 +114,11 @@ class CaptionDataset(TorchDataset):
         if not caption:
             return BrokenImage(record["name"], f"caption {chosen} is empty after cleaning: {captions[chosen]!r}")
         try:
-            input_ids = torch.tensor(self.tokenizer.encode_one(caption))
+            input_ids, labels = self.tokenizer.encode_example(caption, generator if self.train else None)
             pictures = self._picture(index, record, generator if self.train else None)
         except DataError as error:
             return _broken(record["name"], error)
-        return Example(input_ids, int(self.image_ids[index]), record["name"], **pictures)
+        return Example(input_ids, int(self.image_ids[index]), record["name"], **pictures, labels=labels)
 
     def images(self) -> ImageView:
         """Every distinct picture once, for retrieval evaluation."""
@@ -157,7 +172,7 @@ class ImageView(TorchDataset):
             pictures = dataset._picture(index, record, None)
         except DataError as error:
             return _broken(record["name"], error)
-        no_caption = torch.tensor([dataset.tokenizer.cls_id, dataset.tokenizer.sep_id])
+        no_caption, _ = dataset.tokenizer.encode_example("", None)
         return Example(no_caption, int(dataset.image_ids[index]), record["name"], **pictures)
 
 
@@ -170,6 +185,7 @@ def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
     input_ids, attention_mask = pad([example.input_ids for example in whole], pad_id)
     pixels = [example.pixel_values for example in whole if example.pixel_values is not None]
     embeds = [example.patch_embeds for example in whole if example.patch_embeds is not None]
+    labels = [example.labels for example in whole if example.labels is not None]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -177,6 +193,7 @@ def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
         names=tuple(example.name for example in whole),
         pixel_values=torch.stack(pixels) if pixels else None,
         patch_embeds=torch.stack(embeds) if embeds else None,
+        labels=pad(labels, IGNORED_LABEL)[0] if labels else None,
         broken=tuple(example for example in examples if isinstance(example, BrokenImage)),
     )
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -91,6 +92,12 @@ class CaptionTokenizer:
             )
         self.cut_captions += 1
         return [*ids[: self.max_tokens - 1], self.sep_id]
+
+    def encode_example(
+        self, caption: str, generator: np.random.Generator | None
+    ) -> tuple[Int[Tensor, " tokens"], None]:
+        """`encode_one` as stage 1 trains on it: the objectives find their labels in the ids."""
+        return torch.tensor(self.encode_one(caption)), None
 
     def is_too_long(self, text: str) -> bool:
         """Whether `text` has more tokens than the limit."""

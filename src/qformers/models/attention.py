@@ -33,6 +33,12 @@ class ImageMemory:
         """The same images, each read by `rows_per_image` consecutive rows."""
         return replace(self, rows_per_image=rows_per_image)
 
+    def first(self, images: int) -> ImageMemory:
+        """The memory of the first so many images (a view, not a copy)."""
+        return ImageMemory(
+            keys=tuple(key[:images] for key in self.keys), values=tuple(value[:images] for value in self.values)
+        )
+
     def select(self, images: Int[Tensor, " selected"]) -> ImageMemory:
         """The memory of the chosen images, copied (an image may be chosen more than once)."""
         return ImageMemory(

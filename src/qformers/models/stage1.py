@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from qformers.models.attention import ImageMemory
 from qformers.models.masks import bidirectional_mask, causal_mask, packed_mask, unimodal_mask
 from qformers.models.qformer import BERT_NORM_EPS, QFormer
+from qformers.models.reader import ImageReader, at_least_fp32
 from qformers.models.vision import VisionEncoder
-
-MIN_TEMPERATURE = 0.01  # CLIP's bound: no logit beyond 100
 
 
 class TokenHead(nn.Module):
@@ -51,7 +50,7 @@ class PackedPass:
     generative_outputs: Float[Tensor, "rows predictions dim"]
 
 
-class Stage1Model(nn.Module):
+class Stage1Model(ImageReader):
     """Built from its parts (`presets.build_stage1` has the sizes).
 
     `vision_encoder` is frozen (`freezing.freeze`); everything else is trained. Patch embeddings may come from
@@ -70,10 +69,7 @@ class Stage1Model(nn.Module):
         temperature: nn.Parameter,
         dec_id: int,
     ) -> None:
-        super().__init__()
-        self.vision_encoder = vision_encoder
-        self.vision_norm = vision_norm
-        self.qformer = qformer
+        super().__init__(vision_encoder, vision_norm, qformer)
         self.vision_projection = vision_projection
         self.text_projection = text_projection
         self.itm_head = itm_head
@@ -81,21 +77,10 @@ class Stage1Model(nn.Module):
         self.temperature = temperature
         self.dec_id = dec_id
 
-    def remember(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageMemory:
-        """Cross-attention keys and values of each image, once, for every pass that will read it.
-
-        `vision_norm` is computed in fp32 (as the authors do); its affine part is folded into the weights.
-        """
-        norm = self.vision_norm
-        normalised = F.layer_norm(at_least_fp32(patch_embeds), norm.normalized_shape, eps=norm.eps)
-        return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
-
     def encode_image(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageEncoding:
         """Query outputs and ITC features of images alone."""
         memory = self.remember(patch_embeds)
-        queries = self.qformer.queries(memory.rows)
-        query_outputs, _ = self.qformer(queries, self.qformer.no_text(memory.rows), None, [memory])
-        return self._image_encoding(memory, query_outputs)
+        return self._image_encoding(memory, self.query(memory))
 
     def encode_text(
         self, input_ids: Int[Tensor, "rows tokens"], attention_mask: Bool[Tensor, "rows tokens"]
@@ -173,15 +158,6 @@ class Stage1Model(nn.Module):
         logits = self.token_logits(outputs.flatten(0, 1))
         return logits.unflatten(0, (rows, input_ids.shape[1]))
 
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Keep the temperature above `MIN_TEMPERATURE`; training calls it after every optimiser step.
-
-        The authors let it run free. At a large learning rate it then crosses zero, where ITC pulls apart what
-        belongs together.
-        """
-        self.temperature.clamp_(min=MIN_TEMPERATURE)
-
     def token_logits(self, hidden: Float[Tensor, "labelled dim"]) -> Float[Tensor, "labelled vocabulary"]:
         """Vocabulary logits of chosen positions, so that the head runs only where there is a label."""
         return at_least_fp32(self.itg_head(hidden, self.qformer.text_embeddings.word.weight))
@@ -194,8 +170,3 @@ class Stage1Model(nn.Module):
     def _image_encoding(self, memory: ImageMemory, query_outputs: Float[Tensor, "images queries dim"]) -> ImageEncoding:
         features = F.normalize(at_least_fp32(self.vision_projection(query_outputs)), dim=-1)
         return ImageEncoding(memory=memory, query_outputs=query_outputs, image_features=features)
-
-
-def at_least_fp32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Out of half precision, as features and logits must be before a norm or an exponential; fp64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -16,11 +16,19 @@ class Stage1LossConfig:
     hard_negative_fraction: float = 1.0
     """Share of ITM's negatives drawn by similarity; the rest evenly. The paper's is 1; a short run needs easy ones
     too: with hard ones alone ITM was still at chance when runs of 110 and 170 steps ended."""
+    itm_fraction: float = 1.0
+    """Share of each batch's pictures and of its texts that ITM scores. The paper's is 1; ITM is two thirds of a step's
+    work, so a run short of time sees more pictures with less of it."""
+    min_temperature: float = 0.01
+    """The learned temperature is kept above it. CLIP's bound: no logit beyond 100. On little data a higher one keeps
+    ITC from telling the training captions apart ever more sharply, which costs recall on words it has not seen."""
     use_image_ids: bool = True
     """Pairs that share an image id share ITC targets and are never each other's ITM negatives."""
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing", "hard_negative_fraction"):
+        for name in ("label_smoothing", "hard_negative_fraction", "itm_fraction"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ConfigError(f"objectives.{name} is {share}: must be between 0 and 1")
+        if self.min_temperature <= 0:
+            raise ConfigError(f"objectives.min_temperature is {self.min_temperature}: similarities are divided by it")

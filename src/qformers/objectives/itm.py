@@ -15,16 +15,20 @@ from qformers.models.stage1 import ImageEncoding, Stage1Model
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """For each text one wrong image and for each image one wrong text, as rows of the batch.
+    """For each of the first texts of a batch (usually all) one wrong image and for each image one wrong text, as rows.
 
     Where a row has no negative at all (one image fills the batch, or the batch has one row) `*_exists` is
     False and the index is the row itself; the loss leaves that pair out.
     """
 
-    images: Int[Tensor, " batch"]
-    texts: Int[Tensor, " batch"]
-    image_exists: Bool[Tensor, " batch"]
-    text_exists: Bool[Tensor, " batch"]
+    images: Int[Tensor, " scored"]
+    texts: Int[Tensor, " scored"]
+    image_exists: Bool[Tensor, " scored"]
+    text_exists: Bool[Tensor, " scored"]
+
+    def first(self, rows: int) -> HardNegatives:
+        """Those of the first `rows` rows alone."""
+        return HardNegatives(self.images[:rows], self.texts[:rows], self.image_exists[:rows], self.text_exists[:rows])
 
 
 @torch.no_grad()
@@ -64,19 +68,19 @@ def itm_logits(
     attention_mask: Bool[Tensor, "batch tokens"],
     negatives: HardNegatives,
 ) -> Float[Tensor, "pairs 2"]:
-    """Logits of 3 · batch pairs: positives, (text, negative image), (image, negative text).
+    """Logits of 3 · scored pairs: positives, (text, negative image), (image, negative text).
 
     A positive and the pair of the same image with its negative text share the image's keys on the query axis;
     only the negative images' keys are copied.
     """
-    batch = len(input_ids)
-    own_texts = torch.arange(batch, device=input_ids.device)
+    scored = len(negatives.images)
+    own_texts = torch.arange(scored, device=input_ids.device)
     # Rows 2i and 2i + 1 read image i: its own text, then its negative text. The rest read negative images.
     rows = torch.cat([torch.stack([own_texts, negatives.texts], dim=1).flatten(), own_texts])
-    memories = [image.memory.shared_by(2), image.memory.select(negatives.images)]
+    memories = [image.memory.first(scored).shared_by(2), image.memory.select(negatives.images)]
     logits = model.match_logits(memories, input_ids[rows], attention_mask[rows])
-    positive, negative_text = logits[: 2 * batch].unflatten(0, (batch, 2)).unbind(1)
-    return torch.cat([positive, logits[2 * batch :], negative_text])
+    positive, negative_text = logits[: 2 * scored].unflatten(0, (scored, 2)).unbind(1)
+    return torch.cat([positive, logits[2 * scored :], negative_text])
 
 
 def itm_labels(negatives: HardNegatives) -> Int[Tensor, " pairs"]:

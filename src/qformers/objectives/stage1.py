@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ class Stage1Objective(nn.Module):
                 model.temperature,
                 positives[:, local],
                 config.hard_negative_fraction,
-            )
+            ).first(math.ceil(config.itm_fraction * len(batch)))
         logits = itm_logits(model, packed.image, batch.input_ids, batch.attention_mask, negatives)
         labels = itm_labels(negatives)
         itm = itm_loss(logits, labels)
@@ -70,6 +71,15 @@ class Stage1Objective(nn.Module):
             losses={"itc": itc, "itm": itm, "itg": itg},
             stats=_stats(model, sim_i2t, positives, logits, labels),
         )
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the temperature above `min_temperature`; training calls it after every optimiser step.
+
+        The authors let it run free. At a large learning rate it then crosses zero, where ITC pulls apart what
+        belongs together.
+        """
+        self.model.temperature.clamp_(min=self.config.min_temperature)
 
 
 @torch.no_grad()

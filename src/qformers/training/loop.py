@@ -93,7 +93,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
                 raise NonFiniteLossError(accuse(step, done, output))
             optimiser.step()
             optimiser.zero_grad()
-            run.model.clamp_temperature()
+            accelerator.unwrap_model(objective).after_step()
 
             log.advance(step)
             row: dict[str, float] = {}

@@ -1,0 +1,42 @@
+"""What both stages have in common: an image encoder, and the Q-Former that reads it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qformers.models.attention import ImageMemory
+from qformers.models.qformer import QFormer
+from qformers.models.vision import VisionEncoder
+
+
+class ImageReader(nn.Module):
+    """Pictures → query outputs. Patch embeddings may come from `vision_encoder` or from a store of features."""
+
+    def __init__(self, vision_encoder: VisionEncoder, vision_norm: nn.LayerNorm, qformer: QFormer) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.vision_norm = vision_norm
+        self.qformer = qformer
+
+    def remember(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageMemory:
+        """Cross-attention keys and values of each image, once, for every pass that will read it.
+
+        `vision_norm` is computed in fp32 (as the authors do); its affine part is folded into the weights.
+        """
+        norm = self.vision_norm
+        normalised = F.layer_norm(at_least_fp32(patch_embeds), norm.normalized_shape, eps=norm.eps)
+        return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
+
+    def query(self, memory: ImageMemory) -> Float[Tensor, "images queries dim"]:
+        """Query outputs Z of images alone."""
+        queries = self.qformer.queries(memory.rows)
+        query_outputs, _ = self.qformer(queries, self.qformer.no_text(memory.rows), None, [memory])
+        return query_outputs
+
+
+def at_least_fp32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Out of half precision, as features and logits must be before a norm or an exponential; fp64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
