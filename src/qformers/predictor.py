@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from qformers.data.images import load_image
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import evaluation_transform, transform_for
 from qformers.errors import DataError
-from qformers.evaluation.scoring import PICTURES_AT_ONCE, itc_similarities, match_logits, text_features
-from qformers.models.config import ModelConfig
+from qformers.evaluation.captioning import Captioner
+from qformers.evaluation.pictures import PICTURES_AT_ONCE
+from qformers.evaluation.scoring import itc_similarities, match_logits, text_features
+from qformers.models.config import GenerationSettings
 from qformers.models.inspection import cross_attention_weights
-from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder, save_model
-from qformers.models.stage1 import Stage1Model
+from qformers.models.saving import TOKENIZER_FOLDER, LoadedModel, SavedLanguage, load_model, save_model
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
@@ -51,23 +53,27 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
     Raises:
         CheckpointError: no such model, or damaged files.
     """
-    model, config = load_model(path)
-    model = model.to(device, dtype)
-    return Predictor(model, config, CaptionTokenizer.from_pretrained(model_folder(path) / TOKENIZER_FOLDER))
+    loaded = load_model(path)
+    loaded.model.to(device, dtype)
+    return Predictor(loaded, CaptionTokenizer.from_pretrained(loaded.folder / TOKENIZER_FOLDER))
 
 
 class Predictor:
-    """A stage-1 model with its preprocessing. Everything takes one item or many and batches inside."""
+    """A model of either stage with its preprocessing. Everything takes one item or many and batches inside.
 
-    def __init__(self, model: Stage1Model, config: ModelConfig, tokenizer: CaptionTokenizer) -> None:
-        self.model = model.eval()
-        self.config = config
+    A stage-1 model compares and matches, a stage-2 model speaks; asked for what it lacks, it raises CheckpointError
+    with what does have it.
+    """
+
+    def __init__(self, loaded: LoadedModel, tokenizer: CaptionTokenizer) -> None:
+        self.loaded = loaded
+        self.model = loaded.model.eval()
         self.tokenizer = tokenizer
-        self.transform = transform_for(model.vision_encoder)
+        self.transform = transform_for(self.model.vision_encoder)
 
     @property
     def device(self) -> torch.device:
-        return self.model.temperature.device
+        return self.model.qformer.query_tokens.device
 
     def preprocess(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "images 3 height width"]:
         """Pictures as the encoder wants them: shorter side resized, centre cropped, normalised.
@@ -83,7 +89,7 @@ class Predictor:
         parts = []
         for pixels in pixel_values.split(PICTURES_AT_ONCE):
             patches = self.model.vision_encoder(pixels.to(self.device))
-            encoding = self.model.encode_image(patches)
+            encoding = self.loaded.stage1().encode_image(patches)
             parts.append((patches, encoding.query_outputs, encoding.image_features))
         return EncodedImages(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
@@ -93,7 +99,9 @@ class Predictor:
         Raises:
             DataError: an empty text.
         """
-        return EncodedTexts(text_features(self.model, self.tokenizer.encode, self._texts(texts)).to(self.device))
+        return EncodedTexts(
+            text_features(self.loaded.stage1(), self.tokenizer.encode, self._texts(texts)).to(self.device)
+        )
 
     def itc(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Float[Tensor, "images texts"]:
         """Cosine similarity of every picture with every text, max over the queries."""
@@ -114,8 +122,45 @@ class Predictor:
             )
         patches = self.encode_image(self.preprocess(pictures)).patch_embeds
         pairs = (shown, np.arange(len(words)))
-        logits = match_logits(self.model, self.tokenizer.encode, lambda row: patches[row : row + 1], words, pairs)
+        logits = match_logits(
+            self.loaded.stage1(), self.tokenizer.encode, lambda row: patches[row : row + 1], words, pairs
+        )
         return logits.softmax(dim=-1)[:, 1]
+
+    def caption(
+        self, images: Picture | Sequence[Picture], prompt: str | Sequence[str] | None = None, **generation: Any
+    ) -> list[str]:
+        """What the language model says of each picture, without the prompt.
+
+        Args:
+            prompt: one text for all pictures or one for each; default: the one it was trained with.
+            generation: fields of `GenerationSettings`, such as `num_beams=5`. With `num_return_sequences` = n
+                each picture has n captions, one after another.
+
+        Raises:
+            CheckpointError: a stage-1 model. ConfigError: settings that cannot be, or a prompt too long.
+            DataError: a picture that cannot be read, or another number of prompts than of pictures.
+        """
+        speaker, settings = self._speaker(), GenerationSettings(**generation)
+        pictures = _many(images)
+        prompts = speaker.prompts(prompt, len(pictures))
+        captions: list[str] = []
+        for start in range(0, len(pictures), PICTURES_AT_ONCE):
+            stop = start + PICTURES_AT_ONCE
+            pixels = self.preprocess(pictures[start:stop]).to(self.device)
+            captions += speaker.say(speaker.model.vision_encoder(pixels), prompts[start:stop], settings)
+        return captions
+
+    def stream_caption(self, image: Picture, prompt: str | None = None, **generation: Any) -> Iterator[str]:
+        """The caption of one picture, piece by piece as it is generated. No beams.
+
+        Raises:
+            As `caption`, and ConfigError for beams.
+        """
+        speaker, settings = self._speaker(), GenerationSettings(**generation)
+        with torch.inference_mode():
+            patches = speaker.model.vision_encoder(self.preprocess(image).to(self.device))
+        return speaker.stream(patches, speaker.prompts(prompt, 1)[0], settings)
 
     def attention(self, image: Picture, text: str | None = None) -> Float[Tensor, "layers queries rows columns"]:
         """How much each query looks at each patch of the grid, per cross-attending block, mean over heads.
@@ -123,18 +168,25 @@ class Predictor:
         With `text` the queries read it at the same time, as in ITM. What falls on tokens that are no patch
         ([CLS]) is left out, so a map sums to at most 1.
         """
-        encoder = self.model.vision_encoder
+        model = self.loaded.stage1()
+        encoder = model.vision_encoder
         patches = encoder(self.preprocess(image).to(self.device))
         tokens = None
         if text is not None:
             input_ids, attention_mask = self.tokenizer.encode(self._texts(text))
             tokens = (input_ids.to(self.device), attention_mask.to(self.device))
-        weights = cross_attention_weights(self.model, patches, tokens)[..., encoder.prefix_tokens :]
+        weights = cross_attention_weights(model, patches, tokens)[..., encoder.prefix_tokens :]
         return rearrange(weights, "layers queries (rows columns) -> layers queries rows columns", rows=encoder.grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write safetensors, config, tokenizer and model card; `qformers.load` reads them back bit for bit."""
-        save_model(self.model, self.config, self.tokenizer, Path(folder))
+        language = None
+        if self.loaded.language is not None:
+            language = SavedLanguage(self.loaded.language, self._speaker().tokenizer)
+        save_model(self.model, self.loaded.config, self.tokenizer, Path(folder), language)
+
+    def _speaker(self) -> Captioner:
+        return Captioner.of(self.loaded)
 
     def _open(self, image: Picture) -> Image.Image:
         return load_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image)

@@ -13,8 +13,11 @@ import yaml
 
 import qformers
 from qformers import cli
+from qformers.cli.command import instance
 from qformers.errors import DataError
+from qformers.training.config import TrainConfig
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = "output: run\nsteps: 5000\ndata: {train: [{path: pairs.jsonl}]}\n"
 
 
@@ -78,6 +81,15 @@ def test_help_imports_nothing_heavy(command):
     )
     done = subprocess.run([sys.executable, "-c", line, *command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_one_that_train_takes(recipe, run, monkeypatch):
+    taken = []
+    monkeypatch.setitem(cli.COMMANDS, ("train",), cli.COMMANDS[("train",)]._replace(run=taken.append))
+    assert run("train", str(recipe)) == (0, "", "")
+    config = instance(TrainConfig, taken[0])
+    assert config.output.startswith("runs/") and config.stage == (1 if config.start is None else 2)
 
 
 @pytest.mark.parametrize("path", list(cli.COMMANDS))

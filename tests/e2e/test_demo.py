@@ -21,6 +21,9 @@ def test_quick_demo_reports_every_method_on_held_out_pictures_and_can_be_run_aga
         for method in ("qformer", "qformer_reranked", "ridge", "chance"):
             assert all(0 <= metrics[kind][method][recall] <= 1 for recall in RECALLS)
         assert metrics[kind]["ridge"]["mean_recall"] > 3 * metrics[kind]["chance"]["mean_recall"]
+    captions = metrics["captions"]
+    assert {"cider", "bleu4", "rouge_l", "object_recall", "shuffled"} <= captions.keys()
+    assert captions["shuffled"].keys() == captions.keys() - {"shuffled"}
     report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert "ridge regression" in report and "GPL-2.0" in report
     assert "http-equiv" not in report and "<script" not in report

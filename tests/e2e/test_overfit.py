@@ -10,13 +10,13 @@ from torch import Tensor
 from qformers.data.batch import Batch
 from qformers.models.stage1 import Stage1Model
 from qformers.objectives.itc import max_over_queries
-from qformers.objectives.stage1 import Stage1Output
+from qformers.objectives.output import StepOutput
 
 STEPS, PEAK_LR, WARMUP_STEPS = 300, 5e-3, 30
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[Stage1Model, Batch, Stage1Output]:
+def trained() -> tuple[Stage1Model, Batch, StepOutput]:
     model = tiny_stage1()
     randomise(model, std=0.1)  # the usual 0.02 is meant for 768 wide; at 32 it starts ITM on a plateau
     batch = random_batch([6, 3, 9, 4, 5, 7, 8, 6])

@@ -5,62 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import GivenPatches, random_texts, randomise, tiny_stage1
-from torch import Tensor
+from hf_blip2 import give_weights
 from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from qformers.models.config import ModelConfig
 from qformers.models.masks import bidirectional_mask
 from qformers.models.presets import QFormerShape, build_qformer, build_stage1
-from qformers.models.qformer import QFormer
 from qformers.objectives.itc import max_over_queries
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 TOLERANCE_DOUBLE = {"atol": 1e-12, "rtol": 0}
-
-# Ours → Hugging Face's, within one block; several are concatenated.
-BLOCK_KEYS = {
-    "self_attention.qkv": [
-        "attention.attention.query",
-        "attention.attention.key",
-        "attention.attention.value",
-    ],
-    "self_attention.out": ["attention.output.dense"],
-    "self_attention_norm": ["attention.output.LayerNorm"],
-    "cross_attention.query": ["crossattention.attention.query"],
-    "cross_attention.kv": ["crossattention.attention.key", "crossattention.attention.value"],
-    "cross_attention.out": ["crossattention.output.dense"],
-    "cross_attention_norm": ["crossattention.output.LayerNorm"],
-    "query_ffn.up": ["intermediate_query.dense"],
-    "query_ffn.down": ["output_query.dense"],
-    "query_ffn_norm": ["output_query.LayerNorm"],
-    "text_ffn.up": ["intermediate.dense"],
-    "text_ffn.down": ["output.dense"],
-    "text_ffn_norm": ["output.LayerNorm"],
-}
-
-
-@torch.no_grad()
-def give_weights(
-    ours: QFormer, qformer: Blip2QFormerModel, embeddings: Blip2TextEmbeddings, query_tokens: Tensor
-) -> None:
-    """Every weight of theirs into its place in ours; fails if one is left over on either side."""
-    theirs = dict(qformer.named_parameters())
-    filled = {
-        "text_embeddings.word.weight": embeddings.word_embeddings.weight,
-        "text_embeddings.position.weight": embeddings.position_embeddings.weight,
-        "embedding_norm.weight": theirs.pop("layernorm.weight"),
-        "embedding_norm.bias": theirs.pop("layernorm.bias"),
-        "query_tokens": query_tokens,
-    }
-    for number in range(len(ours.blocks)):
-        for mine, sources in BLOCK_KEYS.items():
-            for kind in ("weight", "bias"):
-                keys = [f"encoder.layer.{number}.{source}.{kind}" for source in sources]
-                if keys[0] in theirs:
-                    filled[f"blocks.{number}.{mine}.{kind}"] = torch.cat([theirs.pop(key) for key in keys])
-    assert not theirs, f"left over: {sorted(theirs)}"
-    ours.load_state_dict(filled, strict=True, assign=True)
 
 
 def pair(layers: int, dim: int, heads: int, vision_dim: int, vocab_size: int, num_queries: int):
@@ -83,7 +38,7 @@ def pair(layers: int, dim: int, heads: int, vision_dim: int, vocab_size: int, nu
     shape = QFormerShape(layers=layers, dim=dim, heads=heads, ffn_dim=4 * dim)
     with torch.device("meta"):
         ours = build_qformer(ModelConfig(num_queries=num_queries), shape, vision_dim, vocab_size).eval()
-    give_weights(ours, theirs, embeddings, torch.randn(num_queries, dim))
+    give_weights(ours, theirs, torch.randn(num_queries, dim), embeddings)
     return ours, theirs, embeddings
 
 
@@ -162,7 +117,7 @@ def test_stage1_scores_equal_the_retrieval_model_s():
     theirs = Blip2ForImageTextRetrieval(config).eval()
     randomise(theirs)
     ours = tiny_stage1(vision_dim=24).eval()
-    give_weights(ours.qformer, theirs.qformer, theirs.embeddings, theirs.query_tokens[0])
+    give_weights(ours.qformer, theirs.qformer, theirs.query_tokens[0], theirs.embeddings)
     ours.vision_norm.load_state_dict(theirs.vision_model.post_layernorm.state_dict())
     ours.vision_norm.eps = theirs.vision_model.post_layernorm.eps  # 1e-6 there, the authors' 1e-5 here
     for head in ("vision_projection", "text_projection", "itm_head"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny_stage1
-from transformers import get_cosine_schedule_with_warmup
+from transformers import Dinov2Config, Dinov2Model, get_cosine_schedule_with_warmup
 
 from qformers.errors import ConfigError
 from qformers.models.bert import started_from_bert
@@ -75,6 +75,19 @@ def test_weights_from_the_bert_learn_at_their_share_of_the_rate():
     assert len(rates) == len(names)
     assert {name for name, rate in names.items() if rate == 0.5} == {n for n in names if not started_from_bert(n)}
     assert set(names.values()) == {0.5, 0.05}
+
+
+def test_a_trained_image_encoder_s_layers_learn_at_falling_rates():
+    """BEiT's layer-wise decay: the last layer at the whole rate, the embeddings before the first at the lowest."""
+    shape = Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, mlp_ratio=2)
+    model = torch.nn.ModuleDict({"vision_encoder": Dinov2Model(shape), "itm_head": torch.nn.Linear(2, 2)})
+    optimiser = build_optimiser(model, OptimiserConfig(vision_layer_decay=0.5))
+    scale = {id(parameter): group["lr_scale"] for group in optimiser.param_groups for parameter in group["params"]}
+    scales = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
+    assert scales["itm_head.weight"] == 1.0
+    assert scales["vision_encoder.embeddings.cls_token"] == 0.125
+    layers = [name for name in scales if ".layer." in name]
+    assert layers and all(scales[name] == 0.5 ** (2 - int(name.split(".layer.")[1][0])) for name in layers)
 
 
 def test_fused_step_equals_the_loop():

@@ -13,6 +13,8 @@ from PIL import Image
 from qformers.demo.plots import THEMES, draw_loss, draw_recalls, picture_uri
 from qformers.demo.report import (
     AttentionExample,
+    CaptionExample,
+    Captions,
     DemoResults,
     Evaluation,
     ImageQuery,
@@ -25,6 +27,7 @@ from qformers.errors import DataError
 from qformers.evaluation.attention import attention_overlay
 
 METRICS = {f"{direction}_r{k}": k / 20 for direction in ("i2t", "t2i") for k in (1, 5, 10)}
+SCORES = {"cider": 0.1, "bleu4": 0.02, "rouge_l": 0.3, "object_recall": 0.25, "all_objects": 0.05}
 PICTURE = Image.new("RGB", (40, 30), "orange")
 
 
@@ -59,6 +62,15 @@ def results() -> DemoResults:
         settings={"optimiser.learning_rate": 1e-4, "prompt": "<script>alert(1)</script>"},
         rerun=["make demo"],
         sources=[Source("emoji", "1.0", "MIT", "https://example.org/emoji", "pictures")],
+        language_loss_rows=[{"step": step, "loss/lm": 6 / step} for step in range(1, 9)],
+        captions=Captions(
+            2,
+            {"model": {**SCORES, "cider": 1.234}, "control": SCORES},
+            [
+                CaptionExample(PICTURE, "a <i>cat</i> on a car", "a cat above a car", {"cat": True, "car": True}),
+                CaptionExample(PICTURE, "a dog", "a dog below a tree", {"dog": True, "tree": False}),
+            ],
+        ),
         skipped={"stamps": "apt-get is missing"},
         notes=["One seed."],
     )
@@ -109,7 +121,7 @@ def test_the_report_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
 
 def test_words_of_the_data_are_escaped_and_figures_are_shown_as_measured(tmp_path):
     html = write_report(tmp_path, results()).read_text(encoding="utf-8")
-    assert "<script>" not in html and "<b>found</b>" not in html
+    assert "<script>" not in html and "<b>found</b>" not in html and "<i>cat</i>" not in html
     words = text_of(html)
     for shown in (
         "9,000 pictures in 1 min 15 s",
@@ -126,6 +138,9 @@ def test_words_of_the_data_are_escaped_and_figures_are_shown_as_measured(tmp_pat
         "emoji 1.0 pictures MIT example.org/emoji",
         "stamps : apt-get is missing",
         "make demo",
+        "model 1.234 0.020 0.300 0.250 0.050 control 0.100",
+        "Scenes where one is missing",
+        "true: a dog below a tree",
         "One seed.",
     ):
         assert shown in words, shown
@@ -136,10 +151,16 @@ def test_the_same_results_give_the_same_file_and_a_short_run_has_a_report_too(tm
     first = write_report(tmp_path / "a", results()).read_bytes()
     assert write_report(tmp_path / "b", results()).read_bytes() == first
     bare = replace(
-        results(), loss_rows=[{"step": 1, "loss/itc": 2.0}], evaluations=[], attention=[], skipped={}, notes=[]
+        results(),
+        loss_rows=[{"step": 1, "loss/itc": 2.0}],
+        evaluations=[],
+        attention=[],
+        captions=None,
+        skipped={},
+        notes=[],
     )
     words = text_of(write_report(tmp_path / "a", bare).read_text(encoding="utf-8"))
-    assert "Nothing was skipped." in words and "Where the queries look" not in words
+    assert "Nothing was skipped." in words and "Where the queries look" not in words and "Captions of" not in words
 
 
 def test_incomplete_results_are_refused_by_name(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 
+from qformers.demo.captions import object_recall
 from qformers.demo.run import Stopwatch
 from qformers.demo.showcase import most_different
 
@@ -24,3 +26,20 @@ def test_seconds_of_an_interrupted_phase_add_up(tmp_path):
     with watch.phase("train", "again"):
         pass
     assert 100.0 < json.loads(path.read_text())["train"] < 101.0
+    with pytest.raises(KeyboardInterrupt), watch.phase("features", "stopped"):
+        raise KeyboardInterrupt
+    assert 0.0 < json.loads(path.read_text())["features"] < 1.0
+
+
+def test_seconds_of_a_phase_that_is_done_again_do_not_add_up(tmp_path):
+    path = tmp_path / "seconds.json"
+    path.write_text(json.dumps({"baseline": 100.0}))
+    with Stopwatch(path).phase("baseline", "again, whole"):
+        pass
+    assert json.loads(path.read_text())["baseline"] < 1.0
+
+
+def test_an_object_is_named_by_its_whole_words():
+    captions = ["A red Apple above a cathedral", "two dogs", "a hot dog and a cat"]
+    objects = [["apple", "cat"], ["dog", "dogs"], ["hot dog", "cat"]]
+    assert object_recall(captions, objects) == {"object_recall": 4 / 6, "all_objects": 1 / 3}

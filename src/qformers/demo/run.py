@@ -21,10 +21,12 @@ from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_best_ridge, pool_patches, ridge_similarities
+from qformers.demo.captions import caption_held_out_scenes
 from qformers.demo.dataset import build_demo_dataset
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
-from qformers.demo.recipe import SIZES, Size, demo_recipe
+from qformers.demo.recipe import SIZES, Size, demo_language_recipe, demo_recipe
 from qformers.demo.showcase import DemoRun, write_demo_report
+from qformers.demo.smollm2 import smollm2_folder
 from qformers.evaluation.retrieval import chance_metrics, retrieval_metrics
 from qformers.evaluation.run import RetrievalScores, score_retrieval
 from qformers.models.saving import load_model
@@ -42,7 +44,7 @@ class Stopwatch:
     Phases that go on where they stopped add to what they took before; the others are done again, whole.
     """
 
-    GO_ON = ("fetch", "data", "features", "train")
+    GO_ON = ("fetch", "data", "features", "train", "train_language")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +75,7 @@ def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, 
     output.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(output / "seconds.json")
     with watch.phase("fetch", "pretrained models and pictures (once; kept in the cache)"):
-        encoder, text_encoder = dinov2_folder(), minilm_folder()
+        encoder, text_encoder, language_model = dinov2_folder(), minilm_folder(), smollm2_folder()
         folders, skipped = fetch_pictures()
     with watch.phase("data", "emoji, stamps and composed scenes, split by concept"):
         data = build_demo_dataset(folders, output / "data", replace(sizes.data, seed=seed))
@@ -99,19 +101,35 @@ def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, 
         result = train(recipes["train"], resume="auto")
     held_out = {kind: datasets[f"held_out_{kind}"] for kind in EVALUATED}
     with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
-        model, _ = load_model(result.model)
+        model = load_model(result.model).stage1()
         with torch.autocast("cpu", torch.bfloat16):
             scores = {kind: score_retrieval(model, held_out[kind], sizes.rerank) for kind in EVALUATED}
+    language = demo_language_recipe(
+        sizes, recipes["train"], language_model=language_model, output=output / "language_run"
+    )
+    with watch.phase("train_language", f"{language.steps} steps of stage 2 with the frozen SmolLM2-135M"):
+        spoken = train(language, resume="auto")
+    with watch.phase("caption", "held-out scenes, each also by another scene's visual prompts"):
+        captions = caption_held_out_scenes(spoken, held_out["scenes"], _objects(data.records("held_out_scenes")))
     metrics: dict[str, Any] = {kind: _table(scores[kind], ridge[kind]) for kind in EVALUATED}
-    demo = DemoRun(output, size, sizes, seed, data, recipes["train"], result, metrics, skipped, sorted(folders))
+    metrics["captions"] = captions.metrics()
+    demo = DemoRun(
+        output, size, sizes, seed, data, recipes["train"], result, language, metrics, skipped, sorted(folders)
+    )
     with watch.phase("report", "report.html and metrics.json"):
         shown = {kind: _dataset(recipes[f"held_out_{kind}"], None) for kind in EVALUATED}
-        write_demo_report(demo, scores, shown, watch.seconds)
+        write_demo_report(demo, scores, captions, shown, watch.seconds)
     metrics["seconds"] = {name: round(seconds, 1) for name, seconds in watch.seconds.items()}
     metrics["settings"] = {"size": size, "seed": seed, "steps": sizes.steps, "cores": os.cpu_count()}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     console.print(f"report: {output / 'report.html'}", highlight=False)
     return metrics
+
+
+def _objects(records: Path) -> list[list[str]]:
+    """The names of what stands in each scene."""
+    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    return [[thing["name"] for thing in row["objects"]] for row in rows]
 
 
 def _dataset(recipe: TrainConfig, store: FeatureStore | None) -> CaptionDataset:

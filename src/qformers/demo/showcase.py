@@ -18,10 +18,13 @@ from qformers.data.dataset import CaptionDataset
 from qformers.data.images import load_image
 from qformers.data.sources import picture_of
 from qformers.demo.assets import ASSETS
+from qformers.demo.captions import DemoCaptions
 from qformers.demo.dataset import DemoData
 from qformers.demo.recipe import DemoSize, Size
 from qformers.demo.report import (
     AttentionExample,
+    CaptionExample,
+    Captions,
     DemoResults,
     Evaluation,
     ImageQuery,
@@ -41,6 +44,7 @@ SHOWN_ATTENTION, SHOWN_MAPS = 4, 6
 USED_FOR = {
     "dinov2-onnx": "frozen image encoder (DINOv2-small)",
     "minilm": "start of the Q-Former; sentence embeddings of the baseline",
+    "smollm2": "frozen language model (SmolLM2-135M-Instruct)",
     "emojibase": "words of the emoji",
     "fluent": "emoji pictures",
     "google": "emoji pictures, second vendor",
@@ -71,6 +75,7 @@ class DemoRun:
     data: DemoData
     recipe: TrainConfig
     result: TrainResult
+    language: TrainConfig
     metrics: Mapping[str, Any]
     skipped: Mapping[str, str]
     pictures: list[str]
@@ -79,12 +84,13 @@ class DemoRun:
 def write_demo_report(
     demo: DemoRun,
     scores: Mapping[str, RetrievalScores],
+    captions: DemoCaptions,
     held_out: Mapping[str, CaptionDataset],
     seconds: Mapping[str, float],
 ) -> None:
     """Write report.html into the demo's folder. The data sets of `held_out` must hold pictures, not features."""
     recipe = demo.recipe
-    rows = (demo.output / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [_rows(Path(run.output)) for run in (recipe, demo.language)]
     model = load(demo.result.model)
     counts = demo.data.counts
     flags = {"quick": " --quick", "standard": "", "long": " --long"}[demo.size]
@@ -104,7 +110,8 @@ def write_demo_report(
                 seconds=seconds.get("train", 0.0),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
             ),
-            loss_rows=[json.loads(row) for row in rows],
+            loss_rows=rows[0],
+            language_loss_rows=rows[1],
             evaluations=[
                 Evaluation(
                     title=f"Held-out {kind}",
@@ -117,18 +124,46 @@ def write_demo_report(
                 )
                 for kind in scores
             ],
+            captions=_captions(captions, held_out["scenes"], demo),
             attention=_attention(model, held_out["scenes"]),
             seconds=seconds,
             settings=flat_settings(asdict(recipe)),
-            rerun=[f"qformers demo{flags} --seed {demo.seed} --output {demo.output}"],
+            rerun=[
+                f"qformers demo{flags} --seed {demo.seed} --output {demo.output}",
+                f"qformers caption PICTURE --model {demo.language.output}",
+            ],
             sources=[
                 Source(ASSETS[key].name, ASSETS[key].version, ASSETS[key].licence, ASSETS[key].home, used_for)
                 for key, used_for in USED_FOR.items()
-                if key in ("dinov2-onnx", "minilm") or key in demo.pictures
+                if key in ("dinov2-onnx", "minilm", "smollm2") or key in demo.pictures
             ],
             skipped=demo.skipped,
             notes=["One seed: repeat with --seed 1, 2, … for the spread."],
         ),
+    )
+
+
+def _rows(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _captions(captions: DemoCaptions, dataset: CaptionDataset, demo: DemoRun) -> Captions:
+    """The figures, and scenes drawn by seed: half of them with every object named, half with one missing."""
+    missing = np.array([1 + captions.named(picture).count(False) for picture in range(len(captions.objects))])
+    examples = [
+        CaptionExample(
+            picture=_picture(dataset, picture),
+            caption=captions.scores.captions[picture],
+            reference=captions.scores.references[picture][0],
+            named=dict(zip(captions.objects[picture], captions.named(picture), strict=True)),
+        )
+        for picture in _half_and_half(missing, demo.seed)
+    ]
+    found = demo.metrics["captions"]
+    own = {name: value for name, value in found.items() if name != "shuffled"}
+    return Captions(
+        len(captions.objects), {"SmolLM2 + Q-Former": own, "prompts of another scene": found["shuffled"]}, examples
     )
 
 

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from qformers.data.config import SourceConfig
-from qformers.data.dataset import CaptionDataset, ImageView, collate
+from qformers.data.dataset import CaptionDataset
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
 from qformers.errors import DataError
+from qformers.evaluation.pictures import PICTURES_AT_ONCE, patch_batches
 from qformers.evaluation.retrieval import RerankedSimilarities, rerank_similarities, retrieval_metrics
-from qformers.evaluation.scoring import PICTURES_AT_ONCE, image_features, itc_similarities, match_logits, text_features
+from qformers.evaluation.scoring import image_features, itc_similarities, match_logits, text_features
 from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder
 from qformers.models.stage1 import Stage1Model
 
@@ -52,7 +51,7 @@ def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -
     Raises:
         CheckpointError: no model there. DataError: as `score_retrieval`.
     """
-    model, _ = load_model(model_path)
+    model = load_model(model_path).stage1()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = CaptionTokenizer.from_pretrained(model_folder(model_path) / TOKENIZER_FOLDER)
     dataset = CaptionDataset(open_source(source), tokenizer, transform_for(model.vision_encoder), train=False)
@@ -69,9 +68,10 @@ def score_retrieval(model: Stage1Model, dataset: CaptionDataset, rerank: int = 0
         DataError: a picture is broken or a caption empty; leaving out a candidate would flatter the figures.
     """
     captions, tokenizer = dataset.captions(), dataset.tokenizer
+    assert isinstance(tokenizer, CaptionTokenizer), "retrieval compares texts of the Q-Former's own tokenizer"
     if captions.empty:
         raise DataError(f"{len(captions.empty)} captions are empty, such as that of {captions.empty[0]}: mend them")
-    patches = torch.cat(list(_patch_batches(model, dataset.images())))
+    patches = torch.cat([part.cpu() for part in patch_batches(model.vision_encoder, dataset.images())])
     images = image_features(model, _on_device(model, patches))
     similarities = itc_similarities(images, text_features(model, tokenizer.encode, captions.texts))
     reranked = None
@@ -89,19 +89,3 @@ def score_retrieval(model: Stage1Model, dataset: CaptionDataset, rerank: int = 0
 def _on_device(model: Stage1Model, patches: Tensor) -> Iterator[Tensor]:
     for part in patches.split(PICTURES_AT_ONCE):
         yield part.to(model.temperature.device)
-
-
-@torch.inference_mode()
-def _patch_batches(model: Stage1Model, view: ImageView) -> Iterator[Float[Tensor, "batch patches vision_dim"]]:
-    """Frozen features of all pictures, precomputed or computed now, in bf16 as a feature store keeps them."""
-    starts = range(0, len(view), PICTURES_AT_ONCE)
-    for start in track(starts, "encoding pictures", console=Console(stderr=True), transient=True):
-        batch = collate([view[row] for row in range(start, min(start + PICTURES_AT_ONCE, len(view)))])
-        if batch.broken:
-            broken = batch.broken[0]
-            raise DataError(f"{broken.name}: {broken.reason}: retrieval needs every picture; mend or remove it")
-        patches = batch.patch_embeds
-        if patches is None:
-            assert batch.pixel_values is not None
-            patches = model.vision_encoder(batch.pixel_values.to(model.temperature.device))
-        yield patches.bfloat16().cpu()

@@ -14,7 +14,6 @@ from qformers.objectives.itc import max_over_queries
 
 TextBatch = tuple[Int[Tensor, "texts tokens"], Bool[Tensor, "texts tokens"]]
 Encode = Callable[[list[str]], TextBatch]
-PICTURES_AT_ONCE = 32
 PAIRS_AT_ONCE = 256
 
 

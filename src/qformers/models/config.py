@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qformers.errors import ConfigError
+
 PresetName = Literal["blip2", "small", "tiny"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One stage-1 model: which frozen encoder it reads, and the shape and start of its Q-Former."""
+    """One model: which image encoder it reads, and the shape and start of its Q-Former."""
 
     vision_encoder: str = "openai/clip-vit-large-patch14"
     """Folder or hub id of the frozen image encoder."""
@@ -32,3 +34,69 @@ class ModelConfig:
     """On embeddings and on every sub-layer's output, as BERT."""
     attention_dropout: float = 0.1
     """On attention weights, as BERT."""
+    train_vision_encoder: bool = False
+    """Train the image encoder too, as the paper does when it fine-tunes; otherwise it is frozen."""
+    checkpoint_vision_encoder: bool = False
+    """Compute the image encoder's layers a second time in the backward pass instead of keeping their outputs."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Which language model says what the Q-Former sees, and how it is asked."""
+
+    path: str | None = None
+    """Folder or hub id: decoder-only (OPT, Llama, Qwen, Gemma, GPT-2, …) or encoder-decoder (T5, BART)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of its frozen weights; auto: as they are stored."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the language model, and only it, in 8 or 4 bits (needs bitsandbytes)."""
+    prompt: str = ""
+    """Text before every caption, in training and after: the paper fine-tunes captioning with "a photo of"."""
+    end_token: str | None = None
+    """What ends a caption; default: the tokenizer's own. The authors end OPT's with a line break."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How text is generated. The defaults are greedy; the paper's captions are from 5 beams."""
+
+    max_new_tokens: int = 30
+    """A caption is cut off after so many tokens."""
+    min_new_tokens: int = 1
+    """No caption ends before. The authors: 8 on COCO."""
+    num_beams: int = 1
+    """Beams kept at each token; 1: greedy."""
+    top_p: float | None = None
+    """Nucleus sampling: draw from the likeliest tokens that together have this probability; default: no sampling."""
+    temperature: float = 1.0
+    """Of sampling: below 1 likelier tokens are drawn more often."""
+    num_return_sequences: int = 1
+    """Captions per picture."""
+    length_penalty: float = 1.0
+    """Beam scores are divided by length to this power: below 0 shortens, above lengthens."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens said before become less likely."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}: "
+                "needed is 0 <= min <= max and 1 <= max"
+            )
+        if self.num_beams < 1 or self.num_return_sequences < 1:
+            raise ConfigError(
+                f"num_beams is {self.num_beams} and num_return_sequences {self.num_return_sequences}: "
+                "each must be at least 1"
+            )
+        if self.top_p is None and self.num_return_sequences > self.num_beams:
+            raise ConfigError(
+                f"num_return_sequences is {self.num_return_sequences} with num_beams {self.num_beams}: "
+                "without sampling (top_p) there are only as many captions as beams"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}: must be above 0 and at most 1")
+        if self.temperature <= 0 or self.repetition_penalty <= 0:
+            raise ConfigError(
+                f"temperature is {self.temperature} and repetition_penalty {self.repetition_penalty}: "
+                "each must be above 0"
+            )

@@ -14,7 +14,7 @@ def freeze(module: nn.Module, name: str) -> None:
 
     So a frozen encoder's dropout stays off and its batch-norm statistics stay as they were (the authors'
     frozen OPT kept its dropout on). Names and classes of modules and parameters do not change. `name` is what
-    `frozen_parts` calls it.
+    `frozen_parts` calls it; modules of one name are counted as one part.
     """
     module.requires_grad_(False)
     module.eval()
@@ -25,11 +25,12 @@ def freeze(module: nn.Module, name: str) -> None:
 
 def frozen_parts(model: nn.Module) -> dict[str, int]:
     """The frozen parts of `model` and their numbers of parameters, for the log and the saved run."""
-    return {
-        getattr(module, _NAME): sum(parameter.numel() for parameter in module.parameters())
-        for module in model.modules()
-        if hasattr(module, _NAME)
-    }
+    parts: dict[str, int] = {}
+    for module in model.modules():
+        if hasattr(module, _NAME):
+            name, count = getattr(module, _NAME), sum(parameter.numel() for parameter in module.parameters())
+            parts[name] = parts.get(name, 0) + count
+    return parts
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Where the sizes live: from a `ModelConfig` to a built `Stage1Model`."""
+"""Where the sizes live: from a `ModelConfig` to a built `Stage1Model` or `Stage2Model`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +14,10 @@ from qformers.models.attention import CrossAttention, SelfAttention
 from qformers.models.bert import load_bert_weights
 from qformers.models.config import ModelConfig
 from qformers.models.freezing import freeze
+from qformers.models.language import LanguageModel
 from qformers.models.qformer import Block, FeedForward, QFormer, TextEmbeddings
 from qformers.models.stage1 import Stage1Model, TokenHead
+from qformers.models.stage2 import Stage2Model
 from qformers.models.vision import VisionEncoder
 
 INITIAL_TEMPERATURE = 0.07
@@ -77,7 +80,7 @@ def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, voc
 
 
 def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEncoder) -> Stage1Model:
-    """The stage-1 model of `config`, its image encoder frozen.
+    """The stage-1 model of `config`, its image encoder frozen unless `config` says otherwise.
 
     Args:
         vocab_size: BERT's vocabulary plus one; the last id is [DEC].
@@ -102,8 +105,41 @@ def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEnc
         part.apply(partial(_initialise, std=shape.initial_std))
     if config.start_from_text_encoder:
         load_bert_weights(model, config.text_encoder)
-    freeze(vision_encoder, "vision_encoder")
+    _prepare_encoder(vision_encoder, config)
     return model
+
+
+def build_stage2(
+    config: ModelConfig, vocab_size: int, vision_encoder: VisionEncoder, language_model: LanguageModel
+) -> Stage2Model:
+    """The stage-2 model of `config`, all random but its two frozen models: `saving.start_from` fills the rest.
+
+    The projection starts so that visual prompts are as large as word embeddings; the paper does not say.
+
+    Raises:
+        ConfigError: impossible sizes.
+    """
+    shape = PRESETS[config.preset]
+    model = Stage2Model(
+        vision_encoder=vision_encoder,
+        vision_norm=nn.LayerNorm(vision_encoder.dim, eps=VISION_NORM_EPS),
+        qformer=build_qformer(config, shape, vision_encoder.dim, vocab_size),
+        language_projection=nn.Linear(shape.dim, language_model.dim),
+        language_model=language_model,
+    )
+    # A query output comes from a LayerNorm: its entries are of size 1, so a product of `dim` of them grows by √dim.
+    _initialise(model.language_projection, std=language_model.embedding_rms() / math.sqrt(shape.dim))
+    for part in model.text_branch():
+        freeze(part, "text_branch")
+    _prepare_encoder(vision_encoder, config)
+    return model
+
+
+def _prepare_encoder(vision_encoder: VisionEncoder, config: ModelConfig) -> None:
+    if not config.train_vision_encoder:
+        freeze(vision_encoder, "vision_encoder")
+    elif config.checkpoint_vision_encoder:
+        vision_encoder.checkpoint_layers()
 
 
 def _initialise(module: nn.Module, std: float) -> None:

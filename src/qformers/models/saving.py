@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qformers.errors import CheckpointError
-from qformers.models.config import ModelConfig
-from qformers.models.presets import build_stage1
+from qformers.models.config import LanguageConfig, ModelConfig
+from qformers.models.language import build_language_model
+from qformers.models.presets import build_stage1, build_stage2
 from qformers.models.stage1 import Stage1Model
-from qformers.models.vision import VisionEncoder
+from qformers.models.stage2 import Stage2Model
+from qformers.models.vision import VisionEncoder, quiet_loading
 from qformers.version import __version__
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
 CARD_FILE = "README.md"
-FORMAT = "qformers-stage1"
+FORMATS = {1: "qformers-stage1", 2: "qformers-stage2"}
+LANGUAGE_FOLDER = "language_model"
+LANGUAGE_TOKENIZER_FOLDER = "language_tokenizer"
+LANGUAGE_PREFIX = "language_model."
 
 
 @runtime_checkable
@@ -33,8 +39,49 @@ class SavesItself(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def save_model(model: Stage1Model, config: ModelConfig, tokenizer: SavesItself, folder: Path) -> None:
-    """Write a folder that `load_model` reads back bit for bit, encoder included. An older one is replaced.
+@dataclass(frozen=True)
+class SavedLanguage:
+    """What a stage-2 model's folder says of its language model beside the weights."""
+
+    config: LanguageConfig
+    tokenizer: SavesItself
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model read back, in eval mode on the CPU, the config it was built from, and its folder."""
+
+    model: Stage1Model | Stage2Model
+    config: ModelConfig
+    language: LanguageConfig | None
+    folder: Path
+
+    def stage1(self) -> Stage1Model:
+        """The model, if it is of stage 1. Raises CheckpointError otherwise."""
+        if not isinstance(self.model, Stage1Model):
+            raise CheckpointError(
+                f"{self.folder}: a stage-2 model has no ITC and ITM heads: give the stage-1 run it started from"
+            )
+        return self.model
+
+    def stage2(self) -> tuple[Stage2Model, LanguageConfig]:
+        """The model and its language model's settings, if it is of stage 2. Raises CheckpointError otherwise."""
+        if not isinstance(self.model, Stage2Model) or self.language is None:
+            raise CheckpointError(
+                f"{self.folder}: a stage-1 model has no language model: train stage 2 from it "
+                "(recipes/stage2_decoder.yaml)"
+            )
+        return self.model, self.language
+
+
+def save_model(
+    model: Stage1Model | Stage2Model,
+    config: ModelConfig,
+    tokenizer: SavesItself,
+    folder: Path,
+    language: SavedLanguage | None = None,
+) -> None:
+    """Write a folder that `load_model` reads back bit for bit, frozen models included. An older one is replaced.
 
     Raises:
         CheckpointError: it could not be written; an older folder is then left as it was.
@@ -43,18 +90,30 @@ def save_model(model: Stage1Model, config: ModelConfig, tokenizer: SavesItself, 
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        state = {
+            name: tensor.contiguous()
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(LANGUAGE_PREFIX)
+        }
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         description = {
-            "format": FORMAT,
+            "format": FORMATS[1],
             "qformers_version": __version__,
             "model": asdict(config),
-            "vocab_size": model.dec_id + 1,
+            "vocab_size": model.qformer.text_embeddings.word.num_embeddings,
             "vision": model.vision_encoder.describe(),
         }
+        if isinstance(model, Stage2Model):
+            assert language is not None, "a stage-2 model is saved with its language model"
+            spoken = model.language_model
+            described = asdict(language.config) | {"end_id": spoken.end_id, "pad_id": spoken.pad_id}
+            description |= {"format": FORMATS[2], "language": described}
+            with quiet_loading():
+                spoken.model.save_pretrained(unfinished / LANGUAGE_FOLDER)
+            language.tokenizer.save(unfinished / LANGUAGE_TOKENIZER_FOLDER)
         (unfinished / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(unfinished / TOKENIZER_FOLDER)
-        (unfinished / CARD_FILE).write_text(model_card(model, config), encoding="utf-8")
+        (unfinished / CARD_FILE).write_text(model_card(model, config, language), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
@@ -63,24 +122,62 @@ def save_model(model: Stage1Model, config: ModelConfig, tokenizer: SavesItself, 
         raise CheckpointError(f"{folder}: the model could not be saved ({error}): free some space") from error
 
 
-def load_model(folder: str | Path) -> tuple[Stage1Model, ModelConfig]:
-    """The model that `save_model` wrote, in eval mode on the CPU, and the config it was built from.
+def load_model(folder: str | Path) -> LoadedModel:
+    """The model that `save_model` wrote, of either stage.
 
     Raises:
         CheckpointError: no such folder, damaged files, or weights of another shape than config.json says.
     """
     folder = model_folder(folder)
     description = read_description(folder)
+    language = None
     try:
         config = ModelConfig(**description["model"])
         encoder = VisionEncoder.from_description(description["vision"])
         # The weights come from the file: nothing is fetched from where training started.
-        unstarted = ModelConfig(**{**asdict(config), "start_from_text_encoder": False})
-        model = build_stage1(unstarted, description["vocab_size"], encoder)
+        unstarted = replace(config, start_from_text_encoder=False)
+        if description["format"] == FORMATS[1]:
+            model = build_stage1(unstarted, description["vocab_size"], encoder)
+        else:
+            settings = dict(description["language"])
+            end_id, pad_id = settings.pop("end_id"), settings.pop("pad_id")
+            language = LanguageConfig(**settings)
+            # Already quantised weights say so themselves.
+            stored = LanguageConfig(path=str(folder / LANGUAGE_FOLDER))
+            model = build_stage2(
+                unstarted, description["vocab_size"], encoder, build_language_model(stored, end_id, pad_id)
+            )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: written by another version ({error})") from error
     _fill(model, folder / WEIGHTS_FILE)
-    return model.eval(), config
+    return LoadedModel(model.eval(), config, language, folder)
+
+
+def start_from(model: Stage2Model, folder: str | Path) -> None:
+    """Fill `model` from the run or saved model `folder`: the image encoder, `vision_norm` and the Q-Former.
+
+    Of a stage-1 model the heads are left out; of a stage-2 model the projection comes too, if it has this width.
+
+    Raises:
+        CheckpointError: no such model, or one with another image encoder or Q-Former; names what does not fit.
+    """
+    folder = model_folder(folder)
+    read_description(folder)
+    state = _read(folder / WEIGHTS_FILE)
+    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}
+    for name, tensor in ours.items():
+        needed = not name.startswith("language_projection.")
+        if name not in state and needed:
+            raise CheckpointError(f"{folder}: lacks {name}, so its image encoder or Q-Former is not the recipe's")
+        if name in state and state[name].shape != tensor.shape and needed:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(state[name].shape)}, the recipe's model {tuple(tensor.shape)}: "
+                "set `model` as that run's config.yaml has it"
+            )
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            if name in state and state[name].shape == tensor.shape:
+                tensor.copy_(state[name])
 
 
 def model_folder(path: str | Path) -> Path:
@@ -102,46 +199,60 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if description.get("format") != FORMAT:
+    if description.get("format") not in FORMATS.values():
         found = description.get("format") or description.get("model_type") or "something else"
-        raise CheckpointError(f"{folder}: holds {found}, not a model saved by qformers ({FORMAT})")
+        raise CheckpointError(f"{folder}: holds {found}, not a model saved by qformers ({', '.join(FORMATS.values())})")
     return description
 
 
-def model_card(model: Stage1Model, config: ModelConfig) -> str:
+def model_card(model: Stage1Model | Stage2Model, config: ModelConfig, language: SavedLanguage | None) -> str:
     """What a stranger needs to know of the folder, from the model itself."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
     encoder = model.vision_encoder
-    return f"""# A Q-Former, stage 1
+    if isinstance(model, Stage2Model):
+        assert language is not None
+        stage, can = 2, "captions through a frozen language model"
+        name, prompt = Path(language.config.path or "").name, language.config.prompt
+        spoken = sum(parameter.numel() for parameter in model.language_model.parameters())
+        speaks = f"- Language model: `{name}`, frozen, {spoken:,} parameters, prompt {prompt!r}.\n"
+        example = 'model.caption(["picture.jpg"])'
+    else:
+        stage, can = 1, "ITC similarity, ITM match score, ITG captions"
+        speaks = "- No language model.\n"
+        example = 'model.itc(["picture.jpg"], ["a poodle", "a canoe"])'
+    return f"""# A Q-Former, stage {stage}
 
-Image-text model of the BLIP-2 kind (arXiv 2301.12597): ITC similarity, ITM match score, ITG captions.
-No language model.
+Image-text model of the BLIP-2 kind (arXiv 2301.12597): {can}.
 
 - Image encoder: `{Path(config.vision_encoder).name}`, layer {encoder.layer}, {encoder.image_px} px,
-  frozen, {frozen:,} parameters.
-- Q-Former: preset `{config.preset}`, {config.num_queries} queries, {trained:,} trained parameters with the heads.
+  {"trained" if config.train_vision_encoder else "frozen"}, {frozen:,} parameters.
+- Q-Former: preset `{config.preset}`, {config.num_queries} queries; {trained:,} trained parameters in all.
 - Text: started from `{Path(config.text_encoder).name}`.
-
+{speaks}
 ```python
 import qformers
 
 model = qformers.load("this/folder")
-model.itc(["picture.jpg"], ["a poodle", "a canoe"])
+{example}
 ```
 
 The run folder that it came from keeps the resolved settings (`config.yaml`) and `metrics.jsonl`.
 """
 
 
-def _fill(model: Stage1Model, path: Path) -> None:
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: copy the whole folder again")
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error}): copy it again") from error
-    ours = model.state_dict()
+
+
+def _fill(model: Stage1Model | Stage2Model, path: Path) -> None:
+    state = _read(path)
+    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}
     if absent := ours.keys() ^ state.keys():
         raise CheckpointError(f"{path}: does not fit its config.json ({len(absent)} tensors such as {min(absent)})")
     for name, tensor in state.items():
@@ -150,4 +261,5 @@ def _fill(model: Stage1Model, path: Path) -> None:
                 f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(ours[name].shape)}"
             )
     with torch.no_grad():
-        model.load_state_dict(state)
+        for name, tensor in ours.items():
+            tensor.copy_(state[name])

@@ -11,6 +11,7 @@ import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from qformers.errors import CheckpointError, ConfigError
@@ -86,6 +89,20 @@ class VisionEncoder(nn.Module):
                 "give both the same image_px"
             )
         return self.body(pixel_values.to(self.dtype)).to(self.dtype)
+
+    def checkpoint_layers(self) -> None:
+        """Compute each layer a second time in the backward pass instead of keeping what it computed.
+
+        Raises:
+            ConfigError: the family's layers cannot.
+        """
+        layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"layers of {self.family} cannot be checkpointed: set checkpoint_vision_encoder to false")
+        layer: Any
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def describe(self) -> dict[str, Any]:
         """All but the weights, as plain JSON values; `from_description` is the inverse."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from qformers.data.batch import Batch
@@ -16,18 +14,7 @@ from qformers.objectives.config import Stage1LossConfig
 from qformers.objectives.itc import itc_loss, own_caption_matrix, same_image_matrix, similarities
 from qformers.objectives.itg import itg_loss
 from qformers.objectives.itm import HardNegatives, itm_labels, itm_logits, itm_loss, sample_hard_negatives
-
-
-@dataclass(frozen=True)
-class Stage1Output:
-    """Named loss terms, and scalars worth logging (detached)."""
-
-    losses: dict[str, Float[Tensor, ""]]
-    stats: dict[str, Float[Tensor, ""]]
-
-    @property
-    def total(self) -> Float[Tensor, ""]:
-        return torch.stack(list(self.losses.values())).sum()
+from qformers.objectives.output import StepOutput
 
 
 class Stage1Objective(nn.Module):
@@ -38,7 +25,7 @@ class Stage1Objective(nn.Module):
         self.model = model
         self.config = config
 
-    def forward(self, batch: Batch, negatives: HardNegatives | None = None) -> Stage1Output:
+    def forward(self, batch: Batch, negatives: HardNegatives | None = None) -> StepOutput:
         """Losses of a batch. `negatives` are drawn unless given (tests give them)."""
         model, config = self.model, self.config
         patch_embeds = batch.patch_embeds
@@ -67,7 +54,7 @@ class Stage1Objective(nn.Module):
         itm = itm_loss(logits, labels)
 
         itg = itg_loss(model, packed.generative_outputs, batch.input_ids, batch.attention_mask, config.label_smoothing)
-        return Stage1Output(
+        return StepOutput(
             losses={"itc": itc, "itm": itm, "itg": itg},
             stats=_stats(model, sim_i2t, positives, logits, labels),
         )

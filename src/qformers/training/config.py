@@ -7,7 +7,7 @@ from typing import Literal
 
 from qformers.data.config import SourceConfig, TransformConfig
 from qformers.errors import ConfigError
-from qformers.models.config import ModelConfig
+from qformers.models.config import LanguageConfig, ModelConfig
 from qformers.objectives.config import Stage1LossConfig
 
 
@@ -57,6 +57,9 @@ class OptimiserConfig:
     pretrained_lr_scale: float = 1.0
     """Share of the rate at which weights that came from the BERT learn. The paper trains all alike; a short
     run on little data keeps more of what the BERT knows with 0.1."""
+    vision_layer_decay: float = 1.0
+    """Each layer of a trained image encoder learns at this times the rate of the layer above it (BEiT's layer-wise
+    decay); the paper: 0.9 to 1 by model and task."""
     betas: tuple[float, float] = (0.9, 0.98)
     """LAVIS: (0.9, 0.999)."""
     weight_decay: float = 0.05
@@ -77,6 +80,7 @@ class OptimiserConfig:
                 raise ConfigError(f"optimiser.betas[{number}] is {beta}: must be at least 0 and below 1")
         _at_least("optimiser.weight_decay", self.weight_decay, 0)
         _at_least("optimiser.pretrained_lr_scale", self.pretrained_lr_scale, 0)
+        _within("optimiser.vision_layer_decay", self.vision_layer_decay, 0.0, 1.0)
         _at_least("optimiser.warmup_steps", self.warmup_steps, 0)
         if self.clip_norm <= 0:
             raise ConfigError(f"optimiser.clip_norm is {self.clip_norm}: must be above 0, or no step would move")
@@ -84,13 +88,20 @@ class OptimiserConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage-1 run, whole: `train(config)` needs nothing else, and the run folder keeps a copy."""
+    """One run of either stage, whole: `train(config)` needs nothing else, and the run folder keeps a copy."""
 
     output: str
     """Run folder: config, log, metrics, checkpoints and at the end the model."""
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    stage: Literal[1, 2] = 1
+    """1: ITC + ITM + ITG, no language model. 2: visual prompts of the frozen language model of `language`."""
+    start: str | None = None
+    """Stage 2: the run or saved model whose image encoder and Q-Former go on, of stage 1 or 2."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    """Stage 2: the language model. Its path may be left out when `start` is of stage 2 and has one."""
     objectives: Stage1LossConfig = field(default_factory=Stage1LossConfig)
+    """Stage 1: the three losses. Stage 2 has one, which needs no setting."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     seed: int = 0
     """Decides the fresh weights, the order of the data, crops, dropout and negatives."""
@@ -122,6 +133,17 @@ class TrainConfig:
         _at_least("seed", self.seed, 0)
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}: must be bf16 or fp32")
+        if self.stage not in (1, 2):
+            raise ConfigError(f"stage is {self.stage!r}: must be 1 or 2")
+        if self.stage == 1 and (self.start is not None or self.language.path is not None):
+            raise ConfigError("start and language.path belong to stage 2: set stage to 2, or leave them out")
+        if self.stage == 2 and self.start is None:
+            raise ConfigError("stage 2 needs start: the stage-1 run whose Q-Former goes on, e.g. --start runs/stage1")
+        if self.model.train_vision_encoder and self.data.features is not None:
+            raise ConfigError(
+                "data.features holds a frozen image encoder's output and model.train_vision_encoder is set: "
+                "choose one, or the encoder would never be trained"
+            )
         if self.optimiser.warmup_steps >= self.steps:
             raise ConfigError(
                 f"optimiser.warmup_steps is {self.optimiser.warmup_steps} and steps is {self.steps}: "

@@ -8,7 +8,9 @@ the weights of one that never was, bit for bit, on the same machine with the sam
 from __future__ import annotations
 
 import math
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,7 +27,7 @@ from torch import Tensor
 from qformers.data.dataset import CaptionDataset
 from qformers.errors import QFormersError
 from qformers.models.saving import save_model
-from qformers.objectives.stage1 import Stage1Output
+from qformers.objectives.output import StepOutput
 from qformers.training.batches import training_batches, validation_batches
 from qformers.training.checkpoint import save_checkpoint
 from qformers.training.config import TrainConfig
@@ -56,7 +58,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
-    """Train stage 1 (paper, section 3.1) as `config` says; "auto" goes on from the newest checkpoint.
+    """Train stage 1 or 2 (paper, sections 3.1 and 3.2) as `config` says; "auto" goes on from the newest checkpoint.
 
     Raises:
         ConfigError, DataError: the settings or the data do not fit.
@@ -77,7 +79,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
         for step in range(run.first_step, config.steps + 1):
             torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
             rate = set_learning_rate(optimiser, learning_rate(step, config.optimiser, config.steps))
-            done: list[tuple[Names, Stage1Output]] = []
+            done: list[tuple[Names, StepOutput]] = []
             for number in range(1, config.accumulation_steps + 1):
                 batch = next(batches)
                 is_last = number == config.accumulation_steps
@@ -100,6 +102,9 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
             if step % config.log_every_steps == 0 or step == config.steps:
                 row = {**mean_terms(done, accelerator), "lr": rate, "grad_norm": grad_norm.item()}
                 row["images_per_second"] = log.images_per_second(step)
+                row["peak_memory_gb"] = peak_memory_gb(accelerator)
+                if "tokens_per_image" in row:
+                    row["tokens_per_second"] = row["images_per_second"] * row["tokens_per_image"]
             if run.validation_data is not None and step % config.evaluate_every_steps == 0:
                 row |= validate(config, run, run.validation_data, accelerator)
                 log.start_clock(step)
@@ -111,7 +116,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
             if stopping and step < config.steps:
                 raise TrainingStoppedError(f"stopped after step {step} of {config.steps}; go on with --resume auto")
         if accelerator.is_main_process:
-            save_model(run.model, config.model, run.tokenizer, output / "model")
+            save_model(run.model, config.model, run.tokenizer, output / "model", run.language)
     return TrainResult(output / "model", config.steps, log.last)
 
 
@@ -125,12 +130,12 @@ def autocast(config: TrainConfig, accelerator: Accelerator) -> torch.autocast:
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def not_finite(grad_norm: Tensor, done: Sequence[tuple[Names, Stage1Output]]) -> bool:
+def not_finite(grad_norm: Tensor, done: Sequence[tuple[Names, StepOutput]]) -> bool:
     """Whether the gradient or a loss of the step is infinite or not a number. Waits for the device, once."""
     return not math.isfinite(grad_norm + sum(result.total.detach() for _, result in done))
 
 
-def accuse(step: int, done: Sequence[tuple[Names, Stage1Output]], output: Path) -> str:
+def accuse(step: int, done: Sequence[tuple[Names, StepOutput]], output: Path) -> str:
     """One line on what was not finite and on which pictures; all their names go to a file beside the log."""
     what, names = "the gradient is not finite", [name for batch, _ in done for name in batch]
     for batch, result in reversed(done):
@@ -147,7 +152,7 @@ def accuse(step: int, done: Sequence[tuple[Names, Stage1Output]], output: Path) 
 
 
 @torch.no_grad()
-def mean_terms(done: Sequence[tuple[Names, Stage1Output]], accelerator: Accelerator) -> dict[str, float]:
+def mean_terms(done: Sequence[tuple[Names, StepOutput]], accelerator: Accelerator) -> dict[str, float]:
     """Losses and statistics, averaged over the batches of `done` and over the processes."""
     rows = [
         {
@@ -173,6 +178,14 @@ def validate(config: TrainConfig, run: Run, dataset: CaptionDataset, accelerator
             done.append((batch.names, run.objective(batch)))
     run.objective.train()
     return {f"validation/{name.removeprefix('loss/')}": mean for name, mean in mean_terms(done, accelerator).items()}
+
+
+def peak_memory_gb(accelerator: Accelerator) -> float:
+    """The most memory this process has held so far, in GB: the device's, or the machine's on a CPU."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    # Linux counts in kB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def on_any_process(here: bool, accelerator: Accelerator) -> bool:

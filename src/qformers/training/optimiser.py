@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from qformers.models.bert import started_from_bert
 from qformers.training.config import OptimiserConfig
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+VISION_PREFIX = "vision_encoder."
+VISION_LAYER = re.compile(r"\.(?:layers?|stages|blocks)\.(\d+)\.")
 
 
 def learning_rate(step: int, config: OptimiserConfig, total_steps: int) -> float:
@@ -48,17 +51,39 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
     """AdamW over the trainable parameters of `model`, fused where the device has the kernel.
 
     Each group carries its `lr_scale`: weights that came from the BERT learn at `pretrained_lr_scale` of the
-    rate.
+    rate, a trained image encoder's last layer at the whole rate and each layer below at `vision_layer_decay` of it.
     """
-    decayed, spared = decay_groups(model)
-    groups = []
-    for members, weight_decay in ((decayed, config.weight_decay), (spared, 0.0)):
-        for pretrained, lr_scale in ((False, 1.0), (True, config.pretrained_lr_scale)):
-            chosen = [parameter for name, parameter in members.items() if started_from_bert(name) == pretrained]
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": weight_decay, "lr_scale": lr_scale})
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=devices <= FUSED_DEVICES)
+    layers = vision_layers(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for members, weight_decay in zip(decay_groups(model), (config.weight_decay, 0.0), strict=True):
+        for name, parameter in members.items():
+            lr_scale = config.pretrained_lr_scale if started_from_bert(name) else 1.0
+            if name.startswith(VISION_PREFIX):
+                lr_scale = config.vision_layer_decay ** (layers - vision_layer(name))
+            groups.setdefault((weight_decay, lr_scale), []).append(parameter)
+    devices = {parameter.device.type for members in groups.values() for parameter in members}
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": weight_decay, "lr_scale": lr_scale}
+            for (weight_decay, lr_scale), members in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        fused=devices <= FUSED_DEVICES,
+    )
+
+
+def vision_layer(name: str) -> int:
+    """Which layer of the image encoder a parameter belongs to: 1 the first, 0 the embeddings before it."""
+    found = VISION_LAYER.search(name)
+    return int(found.group(1)) + 1 if found else 0
+
+
+def vision_layers(model: nn.Module) -> int:
+    """How many layers the image encoder of `model` has."""
+    return max(
+        (vision_layer(name) for name, _ in model.named_parameters() if name.startswith(VISION_PREFIX)), default=0
+    )
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +18,25 @@ from torch import nn
 from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset
 from qformers.data.features import FeatureKey, FeatureStore, records_fingerprint
+from qformers.data.language_text import LanguageTokenizer
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
 from qformers.errors import ConfigError
 from qformers.models.freezing import frozen_parts
-from qformers.models.presets import build_stage1
+from qformers.models.language import build_language_model, is_encoder_decoder
+from qformers.models.presets import build_stage1, build_stage2
+from qformers.models.saving import (
+    LANGUAGE_FOLDER,
+    LANGUAGE_TOKENIZER_FOLDER,
+    SavedLanguage,
+    model_folder,
+    start_from,
+)
 from qformers.models.stage1 import Stage1Model
+from qformers.models.stage2 import Stage2Model
 from qformers.models.vision import VisionEncoder, build_vision_encoder
+from qformers.objectives.lm import Stage2Objective
 from qformers.objectives.stage1 import Stage1Objective
 from qformers.training.checkpoint import load_checkpoint, newest_checkpoint
 from qformers.training.config import TrainConfig
@@ -41,10 +52,11 @@ logger = logging.getLogger(__name__)
 class Run:
     """The parts of a run, on their device. `objective` is the model with its losses, made distributed."""
 
-    model: Stage1Model
+    model: Stage1Model | Stage2Model
     objective: nn.Module
     optimiser: torch.optim.Optimizer
     tokenizer: CaptionTokenizer
+    language: SavedLanguage | None
     train_data: CaptionDataset
     validation_data: CaptionDataset | None
     first_step: int
@@ -80,32 +92,71 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
     """
     tokenizer = CaptionTokenizer.from_pretrained(config.model.text_encoder, config.data.max_text_tokens)
     encoder = build_encoder(config)
+    torch.manual_seed(config.seed)
+    objective, captions, language = (
+        _stage1(config, tokenizer, encoder) if config.stage == 1 else _stage2(config, tokenizer, encoder)
+    )
     records = open_sources(config.data.train)
     store = None
     if config.data.features is not None:
         store = FeatureStore.open(config.data.features, feature_key(config, encoder, records))
     transform = transform_for(encoder, config.data.transform)
-    train_data = CaptionDataset(records, tokenizer, transform, train=True, seed=config.seed, features=store)
+    train_data = CaptionDataset(records, captions, transform, train=True, seed=config.seed, features=store)
     validation_data = None
     if config.data.validation:
         held_out = open_sources(config.data.validation)
-        validation_data = CaptionDataset(held_out, tokenizer, transform, train=False, seed=config.seed, features=None)
+        validation_data = CaptionDataset(held_out, captions, transform, train=False, seed=config.seed, features=None)
 
-    torch.manual_seed(config.seed)
-    model = build_stage1(config.model, tokenizer.vocab_size, encoder).to(accelerator.device).train()
+    model = objective.model.to(accelerator.device).train()
     optimiser = build_optimiser(model, config.optimiser)
     first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
-    objective = accelerator.prepare_model(Stage1Objective(model, config.objectives))
-    return Run(model, objective, optimiser, tokenizer, train_data, validation_data, first_step)
+    prepared = accelerator.prepare_model(objective)
+    return Run(model, prepared, optimiser, tokenizer, language, train_data, validation_data, first_step)
+
+
+def _stage1(
+    config: TrainConfig, tokenizer: CaptionTokenizer, encoder: VisionEncoder
+) -> tuple[Stage1Objective, CaptionTokenizer, None]:
+    """The three losses around a fresh model, and the tokenizer that batches are made with."""
+    model = build_stage1(config.model, tokenizer.vocab_size, encoder)
+    return Stage1Objective(model, config.objectives), tokenizer, None
+
+
+def _stage2(
+    config: TrainConfig, tokenizer: CaptionTokenizer, encoder: VisionEncoder
+) -> tuple[Stage2Objective, LanguageTokenizer, SavedLanguage]:
+    """The language-modelling loss around a model that goes on from `config.start`, and what batches are made with."""
+    assert config.start is not None, "TrainConfig requires it"
+    language = config.language
+    words = language.path
+    if language.path is None:
+        folder = model_folder(config.start)
+        if not (folder / LANGUAGE_FOLDER).is_dir():
+            raise ConfigError(f"language.path is not set and {config.start} has no language model: name one")
+        language = replace(language, path=str(folder / LANGUAGE_FOLDER))
+        words = str(folder / LANGUAGE_TOKENIZER_FOLDER)
+    captions = LanguageTokenizer.from_pretrained(
+        str(words),
+        is_encoder_decoder=is_encoder_decoder(str(language.path)),
+        prompt=language.prompt,
+        max_tokens=config.data.max_text_tokens,
+        end_token=language.end_token,
+    )
+    speaker = build_language_model(language, captions.end_id, captions.pad_id)
+    prompt_ids, _ = captions.encode_prompts([language.prompt])
+    speaker.check_context(config.model.num_queries + prompt_ids.shape[1] + config.data.max_text_tokens)
+    model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker)
+    start_from(model, config.start)
+    return Stage2Objective(model), captions, SavedLanguage(language, captions)
 
 
 def build_encoder(config: TrainConfig) -> VisionEncoder:
-    """The frozen image encoder, in the run's precision (it has no master weights: nothing in it is trained)."""
+    """The image encoder: frozen, in the run's precision (it needs no master weights); trained, in float32."""
     return build_vision_encoder(
         config.model.vision_encoder,
         layer=config.model.vision_layer,
         image_px=config.data.transform.image_px,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if config.precision == "bf16" and not config.model.train_vision_encoder else torch.float32,
     )
 
 

@@ -1,0 +1,45 @@
+"""The stage-2 model: what the Q-Former sees becomes soft visual prompts of a frozen language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qformers.models.language import LanguageModel
+from qformers.models.qformer import QFormer
+from qformers.models.reader import ImageReader
+from qformers.models.vision import VisionEncoder
+
+
+class Stage2Model(ImageReader):
+    """Built from its parts (`presets.build_stage2` has the sizes). The language model is frozen.
+
+    The Q-Former keeps its text branch, which captioning does not use and question answering needs; stage 1's heads
+    (ITC, ITM, ITG) are left out.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoder,
+        vision_norm: nn.LayerNorm,
+        qformer: QFormer,
+        language_projection: nn.Linear,
+        language_model: LanguageModel,
+    ) -> None:
+        super().__init__(vision_encoder, vision_norm, qformer)
+        self.language_projection = language_projection
+        self.language_model = language_model
+
+    def visual_prompts(
+        self, patch_embeds: Float[Tensor, "images patches vision_dim"]
+    ) -> Float[Tensor, "images queries llm_dim"]:
+        """`language_projection` of the query outputs, in place of word embeddings."""
+        return self.language_projection(self.query(self.remember(patch_embeds)))
+
+    def text_branch(self) -> Iterator[nn.Module]:
+        """The parts of the Q-Former that only text passes through: unused, and so untrained, by captioning."""
+        yield self.qformer.text_embeddings
+        for block in self.qformer.blocks:
+            yield from (block.get_submodule("text_ffn"), block.get_submodule("text_ffn_norm"))
