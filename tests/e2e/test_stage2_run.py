@@ -205,5 +205,3 @@ def test_a_caption_that_is_empty_after_cleaning_is_named(data, tmp_path):
     source = replace(config.data.train[0], path=str(data / "empty.jsonl"))
     train(replace(config, data=replace(config.data, train=[source], validation=[], max_broken_fraction=1.0)))
     assert "empty after cleaning" in (tmp_path / "run" / "broken_images.log").read_text()
-
-

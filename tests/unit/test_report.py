@@ -62,7 +62,7 @@ def results() -> DemoResults:
         settings={"optimiser.learning_rate": 1e-4, "prompt": "<script>alert(1)</script>"},
         rerun=["make demo"],
         sources=[Source("emoji", "1.0", "MIT", "https://example.org/emoji", "pictures")],
-        language_loss_rows=[{"step": step, "loss/lm": 6 / step} for step in range(1, 9)],
+        captioning_loss_rows=[{"step": step, "loss/lm": 6 / step} for step in range(1, 9)],
         captions=Captions(
             2,
             {"model": {**SCORES, "cider": 1.234}, "control": SCORES},

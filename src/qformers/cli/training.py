@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -14,6 +15,12 @@ def _demo_options(parser: ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="A small run of at most 3 minutes.")
     size.add_argument("--long", action="store_true", help="A longer run of at most an hour.")
     parser.add_argument("--output", type=str, default="runs/demo", help="Folder of the report.")
+    parser.add_argument(
+        "--language_model",
+        type=Literal["smollm2", "t5"],
+        default="smollm2",
+        help="What says the captions: SmolLM2-135M, or a small T5 made from the training captions in the run.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Decides the split, the scenes and the training.")
 
 
@@ -21,7 +28,7 @@ def _demo(options: Namespace) -> None:
     from qformers.demo.run import run_demo
 
     size = "quick" if options.quick else "long" if options.long else "standard"
-    run_demo(Path(options.output), size, seed=options.seed)
+    run_demo(Path(options.output), size, options.seed, options.language_model)
 
 
 def _train_options(parser: ArgumentParser) -> None:
@@ -41,7 +48,7 @@ def _train(options: Namespace) -> None:
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("demo",): Command(
         "Train on real pictures, evaluate, and write a report: the whole toolkit in one run.",
-        "[--quick | --long] [--output DIR] [--seed N]",
+        "[--quick | --long] [--output DIR] [--seed N] [--language_model smollm2|t5]",
         "qformers demo --quick --output runs/quick",
         _demo_options,
         _demo,

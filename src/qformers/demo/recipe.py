@@ -13,6 +13,7 @@ from qformers.objectives.config import Stage1LossConfig
 from qformers.training.config import DataConfig, OptimiserConfig, TrainConfig
 
 Size = Literal["quick", "standard", "long"]
+LanguageModelName = Literal["smollm2", "t5"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class DemoSize:
     num_queries: int
     rerank: int
     itm_fraction: float
-    language_steps: int
-    language_batch_size: int
+    captioning_steps: int
+    captioning_batch_size: int
 
 
 SIZES: dict[Size, DemoSize] = {
@@ -39,8 +40,8 @@ SIZES: dict[Size, DemoSize] = {
         num_queries=8,
         rerank=8,
         itm_fraction=1.0,
-        language_steps=8,
-        language_batch_size=16,
+        captioning_steps=8,
+        captioning_batch_size=16,
     ),
     "standard": DemoSize(
         data=DemoDataConfig(scenes=2500),
@@ -50,8 +51,8 @@ SIZES: dict[Size, DemoSize] = {
         num_queries=8,
         rerank=16,
         itm_fraction=0.25,
-        language_steps=220,
-        language_batch_size=32,
+        captioning_steps=220,
+        captioning_batch_size=32,
     ),
     "long": DemoSize(
         data=DemoDataConfig(scenes=2500),
@@ -61,8 +62,8 @@ SIZES: dict[Size, DemoSize] = {
         num_queries=8,
         rerank=16,
         itm_fraction=0.25,
-        language_steps=400,
-        language_batch_size=32,
+        captioning_steps=400,
+        captioning_batch_size=32,
     ),
 }
 
@@ -116,10 +117,10 @@ def demo_recipe(
     )
 
 
-def demo_language_recipe(size: DemoSize, stage1: TrainConfig, *, language_model: Path, output: Path) -> TrainConfig:
+def demo_captioning_recipe(size: DemoSize, stage1: TrainConfig, *, language_model: Path, output: Path) -> TrainConfig:
     """The stage-2 run of the demo: from the stage-1 run just made, on the same pictures and features.
 
-    Deviations from the paper, for a run of minutes: a language model of 135 M parameters, 10 × the learning rate,
+    Deviations from the paper, for a run of minutes: a small language model, 10 × the learning rate,
     no dropout.
     """
     return replace(
@@ -128,7 +129,7 @@ def demo_language_recipe(size: DemoSize, stage1: TrainConfig, *, language_model:
         stage=2,
         start=stage1.output,
         language=LanguageConfig(path=str(language_model)),
-        data=replace(stage1.data, batch_size=size.language_batch_size, max_text_tokens=20),
-        optimiser=OptimiserConfig(lr=1e-3, min_lr=1e-5, warmup_steps=max(2, size.language_steps // 12)),
-        steps=size.language_steps,
+        data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
+        optimiser=OptimiserConfig(lr=1e-3, min_lr=1e-5, warmup_steps=max(2, size.captioning_steps // 12)),
+        steps=size.captioning_steps,
     )

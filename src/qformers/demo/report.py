@@ -134,7 +134,7 @@ class DemoResults:
     settings: Mapping[str, object]
     rerun: Sequence[str]  # shell commands
     sources: Sequence[Source]
-    language_loss_rows: Sequence[Mapping[str, float]] = ()
+    captioning_loss_rows: Sequence[Mapping[str, float]] = ()
     captions: Captions | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)  # what → why
     notes: Sequence[str] = ()
@@ -160,7 +160,7 @@ def write_report(output_folder: str | Path, results: DemoResults) -> Path:
         training=results.training,
         columns=TABLE_COLUMNS,
         losses=_losses(results.loss_rows),
-        language_losses=_losses(results.language_loss_rows),
+        captioning_losses=_losses(results.captioning_loss_rows),
         evaluations=[_evaluation(evaluation) for evaluation in results.evaluations],
         attention=[_attention(example) for example in results.attention],
         total_seconds=sum(results.seconds.values()),

@@ -21,10 +21,17 @@ from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_best_ridge, pool_patches, ridge_similarities
-from qformers.demo.captions import caption_held_out_scenes
-from qformers.demo.dataset import build_demo_dataset
+from qformers.demo.captions import DemoCaptions, caption_held_out_scenes
+from qformers.demo.dataset import DemoData, build_demo_dataset
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
-from qformers.demo.recipe import SIZES, Size, demo_language_recipe, demo_recipe
+from qformers.demo.recipe import (
+    SIZES,
+    DemoSize,
+    LanguageModelName,
+    Size,
+    demo_captioning_recipe,
+    demo_recipe,
+)
 from qformers.demo.showcase import DemoRun, write_demo_report
 from qformers.demo.smollm2 import smollm2_folder
 from qformers.evaluation.retrieval import chance_metrics, retrieval_metrics
@@ -32,7 +39,7 @@ from qformers.evaluation.run import RetrievalScores, score_retrieval
 from qformers.models.saving import load_model
 from qformers.training.config import TrainConfig
 from qformers.training.features import precompute
-from qformers.training.loop import train
+from qformers.training.loop import TrainResult, train
 
 console = Console(stderr=True)
 EVALUATED = ("concepts", "scenes")
@@ -44,7 +51,7 @@ class Stopwatch:
     Phases that go on where they stopped add to what they took before; the others are done again, whole.
     """
 
-    GO_ON = ("fetch", "data", "features", "train", "train_language")
+    GO_ON = ("fetch", "data", "features", "train", "train_captioner")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,10 +70,15 @@ class Stopwatch:
             self.path.write_text(json.dumps(self.seconds), encoding="utf-8")
 
 
-def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, Any]:
-    """Train a Q-Former on real pictures and set it beside a ridge regression; returns what metrics.json holds.
+def run_demo(
+    output: Path, size: Size = "standard", seed: int = 0, language_model: LanguageModelName = "smollm2"
+) -> dict[str, Any]:
+    """Train a Q-Former on real pictures, set it beside a ridge regression, then let a language model speak for it.
 
     Finished phases found in `output` are not repeated, so the same command resumes an interrupted demo.
+
+    Returns:
+        What metrics.json holds.
 
     Raises:
         DataError: the assets cannot be had, or `output` holds another demo.
@@ -75,7 +87,8 @@ def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, 
     output.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(output / "seconds.json")
     with watch.phase("fetch", "pretrained models and pictures (once; kept in the cache)"):
-        encoder, text_encoder, language_model = dinov2_folder(), minilm_folder(), smollm2_folder()
+        encoder, text_encoder = dinov2_folder(), minilm_folder()
+        speaker = smollm2_folder() if language_model == "smollm2" else None
         folders, skipped = fetch_pictures()
     with watch.phase("data", "emoji, stamps and composed scenes, split by concept"):
         data = build_demo_dataset(folders, output / "data", replace(sizes.data, seed=seed))
@@ -97,24 +110,16 @@ def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, 
     datasets = {name: _dataset(recipe, stores[name]) for name, recipe in recipes.items()}
     with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
         ridge = _ridge(datasets, stores, text_encoder)
-    with watch.phase("train", f"{sizes.steps} steps of ITC + ITM + ITG"):
-        result = train(recipes["train"], resume="auto")
-    held_out = {kind: datasets[f"held_out_{kind}"] for kind in EVALUATED}
-    with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
-        model = load_model(result.model).stage1()
-        with torch.autocast("cpu", torch.bfloat16):
-            scores = {kind: score_retrieval(model, held_out[kind], sizes.rerank) for kind in EVALUATED}
-    language = demo_language_recipe(
-        sizes, recipes["train"], language_model=language_model, output=output / "language_run"
+    result, scores = _stage1(sizes, recipes["train"], datasets, watch)
+    speaker = speaker or _caption_t5(data, text_encoder, output, seed, watch)
+    captioning = demo_captioning_recipe(
+        sizes, recipes["train"], language_model=speaker, output=output / f"captioner_{language_model}"
     )
-    with watch.phase("train_language", f"{language.steps} steps of stage 2 with the frozen SmolLM2-135M"):
-        spoken = train(language, resume="auto")
-    with watch.phase("caption", "held-out scenes, each also by another scene's visual prompts"):
-        captions = caption_held_out_scenes(spoken, held_out["scenes"], _objects(data.records("held_out_scenes")))
+    captions = _stage2(captioning, datasets["held_out_scenes"], data, watch)
     metrics: dict[str, Any] = {kind: _table(scores[kind], ridge[kind]) for kind in EVALUATED}
     metrics["captions"] = captions.metrics()
     demo = DemoRun(
-        output, size, sizes, seed, data, recipes["train"], result, language, metrics, skipped, sorted(folders)
+        output, size, sizes, seed, data, recipes["train"], result, captioning, metrics, skipped, sorted(folders)
     )
     with watch.phase("report", "report.html and metrics.json"):
         shown = {kind: _dataset(recipes[f"held_out_{kind}"], None) for kind in EVALUATED}
@@ -126,10 +131,36 @@ def run_demo(output: Path, size: Size = "standard", seed: int = 0) -> dict[str, 
     return metrics
 
 
-def _objects(records: Path) -> list[list[str]]:
-    """The names of what stands in each scene."""
-    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
-    return [[thing["name"] for thing in row["objects"]] for row in rows]
+def _stage1(
+    sizes: DemoSize, recipe: TrainConfig, datasets: dict[str, CaptionDataset], watch: Stopwatch
+) -> tuple[TrainResult, dict[str, RetrievalScores]]:
+    """Train, and score both held-out sets."""
+    with watch.phase("train", f"{sizes.steps} steps of ITC + ITM + ITG"):
+        result = train(recipe, resume="auto")
+    with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
+        model = load_model(result.model).stage1()
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = {kind: score_retrieval(model, datasets[f"held_out_{kind}"], sizes.rerank) for kind in EVALUATED}
+    return result, scores
+
+
+def _stage2(recipe: TrainConfig, scenes: CaptionDataset, data: DemoData, watch: Stopwatch) -> DemoCaptions:
+    """Train the visual prompts of the frozen language model, and caption the held-out scenes."""
+    with watch.phase("train_captioner", f"{recipe.steps} steps of stage 2 with a frozen language model"):
+        result = train(recipe, resume="auto")
+    with watch.phase("caption", "held-out scenes, each also by another scene's visual prompts"):
+        rows = [json.loads(line) for line in data.records("held_out_scenes").read_text(encoding="utf-8").splitlines()]
+        return caption_held_out_scenes(result, scenes, [[thing["name"] for thing in row["objects"]] for row in rows])
+
+
+def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, watch: Stopwatch) -> Path:
+    """The demo's own encoder-decoder, taught the training captions."""
+    from qformers.demo.caption_t5 import caption_t5_folder
+
+    with watch.phase("language_model", "a small T5 learns the training captions, then is frozen"):
+        lines = data.records("train").read_text(encoding="utf-8").splitlines()
+        captions = [caption for line in lines for caption in json.loads(line)["captions"]]
+        return caption_t5_folder(captions, vocabulary, output / "t5", seed)
 
 
 def _dataset(recipe: TrainConfig, store: FeatureStore | None) -> CaptionDataset:

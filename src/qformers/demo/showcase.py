@@ -75,7 +75,7 @@ class DemoRun:
     data: DemoData
     recipe: TrainConfig
     result: TrainResult
-    language: TrainConfig
+    captioning: TrainConfig
     metrics: Mapping[str, Any]
     skipped: Mapping[str, str]
     pictures: list[str]
@@ -90,7 +90,7 @@ def write_demo_report(
 ) -> None:
     """Write report.html into the demo's folder. The data sets of `held_out` must hold pictures, not features."""
     recipe = demo.recipe
-    rows = [_rows(Path(run.output)) for run in (recipe, demo.language)]
+    rows = [_rows(Path(run.output)) for run in (recipe, demo.captioning)]
     model = load(demo.result.model)
     counts = demo.data.counts
     flags = {"quick": " --quick", "standard": "", "long": " --long"}[demo.size]
@@ -111,7 +111,7 @@ def write_demo_report(
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
             ),
             loss_rows=rows[0],
-            language_loss_rows=rows[1],
+            captioning_loss_rows=rows[1],
             evaluations=[
                 Evaluation(
                     title=f"Held-out {kind}",
@@ -130,17 +130,21 @@ def write_demo_report(
             settings=flat_settings(asdict(recipe)),
             rerun=[
                 f"qformers demo{flags} --seed {demo.seed} --output {demo.output}",
-                f"qformers caption PICTURE --model {demo.language.output}",
+                f"qformers caption PICTURE --model {demo.captioning.output}",
             ],
             sources=[
                 Source(ASSETS[key].name, ASSETS[key].version, ASSETS[key].licence, ASSETS[key].home, used_for)
                 for key, used_for in USED_FOR.items()
-                if key in ("dinov2-onnx", "minilm", "smollm2") or key in demo.pictures
+                if key in ("dinov2-onnx", "minilm") or key in demo.pictures or _speaks(demo, key)
             ],
             skipped=demo.skipped,
             notes=["One seed: repeat with --seed 1, 2, … for the spread."],
         ),
     )
+
+
+def _speaks(demo: DemoRun, key: str) -> bool:
+    return key == "smollm2" and "smollm2" in Path(demo.captioning.output).name
 
 
 def _rows(run: Path) -> list[dict[str, float]]:
@@ -163,7 +167,9 @@ def _captions(captions: DemoCaptions, dataset: CaptionDataset, demo: DemoRun) ->
     found = demo.metrics["captions"]
     own = {name: value for name, value in found.items() if name != "shuffled"}
     return Captions(
-        len(captions.objects), {"SmolLM2 + Q-Former": own, "prompts of another scene": found["shuffled"]}, examples
+        len(captions.objects),
+        {"Q-Former + language model": own, "prompts of another scene": found["shuffled"]},
+        examples,
     )
 
 

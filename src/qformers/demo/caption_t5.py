@@ -1,0 +1,103 @@
+"""The demo's encoder-decoder language model: a small T5 that learns the training captions first, then is frozen.
+
+No package carries a T5 that speaks, so the demo makes one: its encoder reads a caption with its words shuffled and some
+missing, its decoder says the caption. What later reads visual prompts in place of those words stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+
+from qformers.data.batch import IGNORED_LABEL
+from qformers.data.text import clean_caption, pad
+from qformers.demo.assets import atomic_folder
+from qformers.models.vision import quiet_loading
+
+STEPS, BATCH, PEAK_LR, WARMUP = 600, 64, 2e-3, 50
+MISSING_WORDS = 0.2
+LOGGED_STEPS = 100
+
+logger = logging.getLogger(__name__)
+
+
+def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, seed: int) -> Path:
+    """Train the T5 on `captions` unless `folder` holds it already; a Hugging Face folder with the BERT's tokenizer.
+
+    Args:
+        vocabulary: a BERT's folder, whose WordPiece vocabulary is used; [SEP] ends a text.
+    """
+    if folder.is_dir():
+        return folder
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary, eos_token="[SEP]")
+    model = _new_model(tokenizer)
+    texts = sorted({clean_caption(caption) for caption in captions} - {""})
+    _train(model, tokenizer, texts, np.random.default_rng(seed))
+    with atomic_folder(folder) as partial, quiet_loading():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
+
+
+def _new_model(tokenizer: PreTrainedTokenizerBase) -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=256,
+            d_kv=32,
+            d_ff=768,
+            num_layers=3,
+            num_heads=8,
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _train(
+    model: T5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    generator: np.random.Generator,
+) -> None:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+    )
+    model.train()
+    for step in range(1, STEPS + 1):
+        chosen = [texts[row] for row in generator.integers(len(texts), size=BATCH)]
+        read, mask = _ids([_scrambled(text, generator) for text in chosen], tokenizer)
+        said, said_mask = _ids(chosen, tokenizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(
+                input_ids=read, attention_mask=mask.long(), labels=said.masked_fill(~said_mask, IGNORED_LABEL)
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        if step % LOGGED_STEPS == 0:
+            logger.info("caption T5: step %d/%d, loss %.3f", step, STEPS, loss.item())
+    model.eval()
+
+
+def _scrambled(text: str, generator: np.random.Generator) -> str:
+    """The words of `text` in another order, some of them left out."""
+    words = [word for word in text.split() if generator.random() >= MISSING_WORDS]
+    return " ".join(words[place] for place in generator.permutation(len(words)))
+
+
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    rows = [torch.tensor(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    return pad(rows, int(tokenizer.pad_token_id or 0))
