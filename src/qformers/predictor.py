@@ -70,6 +70,7 @@ class Predictor:
         self.model = loaded.model.eval()
         self.tokenizer = tokenizer
         self.transform = transform_for(self.model.vision_encoder)
+        self._captioner: Captioner | None = None
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +187,9 @@ class Predictor:
         save_model(self.model, self.loaded.config, self.tokenizer, Path(folder), language)
 
     def _speaker(self) -> Captioner:
-        return Captioner.of(self.loaded)
+        if self._captioner is None:
+            self._captioner = Captioner.of(self.loaded)
+        return self._captioner
 
     def _open(self, image: Picture) -> Image.Image:
         return load_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image)

@@ -18,6 +18,7 @@ from qformers.cli import main
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import LanguageConfig
 from qformers.models.saving import load_model
+from qformers.models.vision import build_vision_encoder
 from qformers.training.config import TrainConfig
 from qformers.training.loop import train
 
@@ -168,7 +169,7 @@ def test_what_a_stage_lacks_is_said_in_one_line(run, data):
         list(speaker.stream_caption(data / "0.png", num_beams=2))
 
 
-def test_bad_input_gets_one_line(run, data, tmp_path, capsys):
+def test_bad_input_gets_one_line(run, data, tmp_path, capsys, monkeypatch):
     family, config, model = run
     with pytest.raises(CheckpointError, match=r"query_tokens has shape \(4, 32\), the recipe's model \(5, 32\)"):
         train(replace(config, output=str(tmp_path / "a"), model=replace(config.model, num_queries=5)))
@@ -180,6 +181,13 @@ def test_bad_input_gets_one_line(run, data, tmp_path, capsys):
         train(replace(config, output=str(tmp_path / "b"), language=LanguageConfig(path=str(tmp_path / "none"))))
     with pytest.raises(ConfigError, match=r"language\.path is not set"):
         train(replace(config, output=str(tmp_path / "c"), language=LanguageConfig()))
+    with pytest.raises(CheckpointError, match=r"no qformers model here"):
+        train(replace(config, output=str(tmp_path / "e"), start=str(tmp_path / "typo"), language=LanguageConfig()))
+    every_block = replace(config, output=str(tmp_path / "f"), start=str(data / "every_block"))
+    train(toy_config(data, data / "every_block", steps=4, model=replace(config.model, cross_attention_frequency=1)))
+    with pytest.raises(CheckpointError, match=r"\d+ of its weights have no place in the recipe's model, first qformer"):
+        train(every_block)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs bitsandbytes"):
         train(
             replace(
@@ -195,6 +203,42 @@ def test_bad_input_gets_one_line(run, data, tmp_path, capsys):
         assert "context is 64: shorten the prompt" in capsys.readouterr().err
     assert main(["caption", str(data / "0.png"), "--model", config.output, "--num_return_sequences", "2"]) != 0
     assert "only as many captions as beams" in capsys.readouterr().err
+    scored = ["evaluate", "captioning", "--model", config.output, "--data", str(data / "pairs.jsonl")]
+    assert main([*scored, "--num_beams", "2", "--num_return_sequences", "2"]) == 1
+    assert "one caption a picture is scored" in capsys.readouterr().err
+    assert main([*scored, "--domains"]) == 1
+    assert "not JSON" in capsys.readouterr().err
+
+
+def test_an_end_token_that_is_a_word_ends_captions_and_is_not_said(data, tmp_path):
+    language = LanguageConfig(path=str(data / "gpt2"), end_token="flies")
+    model = train(stage2_config(data, "gpt2", tmp_path / "run", language=language, steps=6)).model
+    speaker = qformers.load(model)
+    captions = speaker.caption([data / f"{number}.png" for number in range(4)], max_new_tokens=8)
+    assert not any("flies" in caption for caption in captions)
+    assert "".join(speaker.stream_caption(data / "0.png", max_new_tokens=8)).strip() == captions[0]
+    further = train(stage2_config(data, "gpt2", tmp_path / "on", start=str(model), language=LanguageConfig(), steps=4))
+    _, kept = load_model(further.model).stage2()
+    assert kept.end_token == "flies" and kept.path == str(data / "gpt2")
+
+
+def test_layers_are_computed_twice_when_checkpointed(data):
+    """The same loss and gradients; each layer of the image encoder runs once more in the backward pass."""
+    pixels = torch.randn(2, 3, 28, 28)
+    gradients, runs = [], []
+    for checkpointed in (False, True):
+        encoder = build_vision_encoder(data / "encoder", image_px=28).train()
+        if checkpointed:
+            encoder.checkpoint_layers()
+        counted: list[int] = []
+        mlp = next(part for name, part in encoder.named_modules() if name.endswith("layer.0.mlp"))
+        mlp.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        encoder(pixels).pow(2).sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters() if parameter.grad is not None])
+        runs.append(len(counted))
+    assert runs == [1, 2]
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
 
 
 def test_a_caption_that_is_empty_after_cleaning_is_named(data, tmp_path):

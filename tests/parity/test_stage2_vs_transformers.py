@@ -134,6 +134,8 @@ def test_generated_tokens(family, beams):
                 num_beams=beams,
                 length_penalty=0.7,
                 do_sample=False,
+                eos_token_id=END,
+                pad_token_id=PAD,
             )[0].tolist()
             new = expected[QUERIES + len(prompt) :] if family == "opt" else expected[1:]
             assert until_end(said[row].tolist()) == until_end(new), f"row {row}"
@@ -169,7 +171,7 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(family, beams):
     ours = toy_language_model(family)
     visual = torch.randn(4, QUERIES, ours.dim, generator=torch.Generator().manual_seed(1))
     rows = [[START, *prompt] for prompt in [*PROMPTS, []]]
-    settings = GenerationSettings(max_new_tokens=8, num_beams=beams)
+    settings = GenerationSettings(max_new_tokens=8, num_beams=beams, repetition_penalty=1.3)
     ids, mask = toy_prompts(rows)
     together = [until_end(row) for row in ours.generate(visual, ids, mask, settings).tolist()]
     for row in range(4):

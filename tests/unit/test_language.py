@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_language import END, PAD, toy_language_model, toy_prompts, toy_stage2
-from transformers import PretrainedConfig, PreTrainedModel
+from toy_language import END, PAD, toy_language_model, toy_prompts, toy_stage2, toy_transformers_model
+from transformers import BertConfig, PretrainedConfig, PreTrainedModel
 
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import GenerationSettings, LanguageConfig
@@ -83,6 +83,39 @@ def test_generation_obeys_its_limits():
     assert all(len(set(row)) == 12 for row in varied.tolist()) and len(set(plain[0].tolist())) < 12
     drawn = model.generate(visual, ids, mask, GenerationSettings(top_p=0.9, num_return_sequences=4, max_new_tokens=5))
     assert drawn.shape[0] == 8
+
+
+def test_a_model_that_fills_gaps_is_no_decoder(tmp_path):
+    BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="bert fills gaps and does not go on from a text"):
+        build_language_model(LanguageConfig(path=str(tmp_path)), END, PAD)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    model = toy_language_model("llama").model
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError, match=r"3 of the weights are missing, first model.layers.1.mlp"):
+        build_language_model(LanguageConfig(path=str(tmp_path)), END, PAD)
+
+
+def test_float16_weights_become_bfloat16_where_no_gpu_can_run_them(tmp_path, caplog):
+    toy_language_model("gpt2").model.half().save_pretrained(tmp_path)
+    with caplog.at_level("INFO", logger="qformers"):
+        model = build_language_model(LanguageConfig(path=str(tmp_path)), END, PAD)
+    if not torch.cuda.is_available():
+        assert model.dtype == torch.bfloat16 and "stored in float16" in caplog.text
+
+
+def test_a_checkpoint_s_own_generation_habits_do_not_apply():
+    theirs = toy_transformers_model("bart")
+    theirs.generation_config.no_repeat_ngram_size = 1
+    model = LanguageModel(theirs, END, PAD)
+    ids, mask = toy_prompts([[4, 5, END]])
+    said = model.generate(
+        torch.randn(1, 4, model.dim), ids, mask, GenerationSettings(max_new_tokens=25, min_new_tokens=25)
+    )
+    assert len(set(said[0].tolist())) < 25
 
 
 def test_where_no_model_is_one_line_says_so(tmp_path):

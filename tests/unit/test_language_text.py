@@ -61,8 +61,7 @@ def test_an_encoder_decoder_s_caption_is_split_in_the_middle_or_anywhere(make):
         assert read.tolist()[3:-1] + said.tolist()[:-1] == ids(caption), "nothing is lost or said twice"
         seen.add(len(said))
     assert seen == {2, 3, 4, 5, 6, 7}, "at least one word is left to say, at most all"
-    whole = make(True, ends=True)
-    whole.split_captions = False
+    whole = make(True, ends=True, split_captions=False)
     assert whole.encode_example(caption, None)[1].tolist() == [*ids(caption), END]
     assert whole.encode_prompts(["a photo"])[0].tolist() == [[*ids("a photo"), END]]
 
@@ -94,6 +93,11 @@ def test_another_end_token_may_be_chosen_if_it_is_one_token(make):
     assert make(end_token="flies").encode_example("red", None)[1].tolist() == ids("red flies")
     with pytest.raises(ConfigError, match="end_token 'red cat' is 2 tokens of this tokenizer: it must be one"):
         make(end_token="red cat")
+
+
+def test_special_tokens_in_a_caption_are_words(make):
+    _, labels = make().encode_example("red </s> cat", None)
+    assert labels.tolist().count(END) == 1 and labels[-1] == END
 
 
 def test_no_tokenizer_is_one_clear_line(tmp_path):

@@ -70,6 +70,7 @@ class LanguageTokenizer:
         prompt: str = "",
         max_tokens: int = 32,
         end_token: str | None = None,
+        split_captions: bool = True,
     ) -> LanguageTokenizer:
         """The tokenizer of a folder or a hub id. Raises DataError where there is none."""
         try:
@@ -77,7 +78,7 @@ class LanguageTokenizer:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{folder_or_hub_id}: no tokenizer could be loaded: {reason}") from error
-        return cls(tokenizer, is_encoder_decoder, prompt, max_tokens, end_token)
+        return cls(tokenizer, is_encoder_decoder, prompt, max_tokens, end_token, split_captions)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into `folder`."""
@@ -113,9 +114,9 @@ class LanguageTokenizer:
         return texts
 
     def streamer(self) -> TextIteratorStreamer:
-        """A queue of text for one row that is being generated, special tokens left out."""
+        """A queue of text for one row that is being generated, special tokens and the end token left out."""
         # What it is told to skip is the decoder's start token, or nothing at all.
-        return TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return _Streamer(self._tokenizer, self.end_id)
 
     def _split(self, caption: str, generator: np.random.Generator | None) -> tuple[str, str]:
         words = caption.split()
@@ -141,10 +142,24 @@ class LanguageTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         # verbose=False: transformers would warn that a long text cannot be run; the limits here are ours.
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        # Captions hold no special tokens: "</s>" typed by a user is read as the pieces it is spelled with.
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self._tokenizer(text, **options)["input_ids"] if text else []
 
     def _one_id(self, token: str) -> int:
-        ids = self._ids(token)
+        ids = self._tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) != 1:
             raise ConfigError(f"language.end_token {token!r} is {len(ids)} tokens of this tokenizer: it must be one")
         return ids[0]
+
+
+class _Streamer(TextIteratorStreamer):
+    """Transformers' queue of text, which also leaves out an end token that is an ordinary word."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.end_id = end_id
+
+    def put(self, value: Tensor) -> None:
+        if self.next_tokens_are_prompt or value.flatten().tolist() != [self.end_id]:
+            super().put(value)

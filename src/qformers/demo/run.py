@@ -51,7 +51,7 @@ class Stopwatch:
     Phases that go on where they stopped add to what they took before; the others are done again, whole.
     """
 
-    GO_ON = ("fetch", "data", "features", "train", "train_captioner")
+    GO_ON = ("fetch", "data", "features", "train", "language_model", "train_captioner")
 
     def __init__(self, path: Path) -> None:
         self.path = path

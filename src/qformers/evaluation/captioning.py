@@ -135,18 +135,19 @@ def evaluate_captioning(
     Raises:
         CheckpointError: no stage-2 model there. DataError: as `caption_dataset`, or a picture without a domain.
     """
+    if settings.num_return_sequences > 1:
+        raise ConfigError(f"num_return_sequences is {settings.num_return_sequences}: one caption a picture is scored")
     loaded = load_model(model_path)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     captioner = Captioner.of(loaded)
     transform = transform_for(loaded.model.vision_encoder)
     dataset = CaptionDataset(open_source(source), captioner.tokenizer, transform, train=False)
     domain_of = read_domains(source.path) if domains else {}
+    if unknown := [image_id for image_id in dataset.records["image_id"] if domains and str(image_id) not in domain_of]:
+        raise DataError(f"{source.path}: {len(unknown)} pictures have no domain, such as {unknown[0]}")
     scores = caption_dataset(captioner, dataset, settings)
     metrics = {"images": float(len(scores.captions)), **scores.metrics()}
     if domains:
-        unknown = [image_id for image_id in scores.image_ids if image_id not in domain_of]
-        if unknown:
-            raise DataError(f"{source.path}: {len(unknown)} pictures have no domain, such as {unknown[0]}")
         of_each = [domain_of[image_id] for image_id in scores.image_ids]
         for domain, found in by_domain(scores.captions, scores.references, of_each).items():
             metrics |= {f"{domain}/{name}": value for name, value in found.items() if domain != "overall"}

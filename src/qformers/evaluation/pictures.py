@@ -21,7 +21,7 @@ PICTURES_AT_ONCE = 32
 def patch_batches(
     encoder: VisionEncoder, view: ImageView, what: str = "encoding pictures"
 ) -> Iterator[Float[Tensor, "batch patches vision_dim"]]:
-    """Frozen features of all pictures, precomputed or computed now, in bf16 as a feature store keeps them.
+    """Patch embeddings of all pictures, precomputed or computed now.
 
     Raises:
         DataError: a picture is broken; leaving it out would change the figures.
@@ -37,4 +37,4 @@ def patch_batches(
         if patches is None:
             assert batch.pixel_values is not None
             patches = encoder(batch.pixel_values.to(device))
-        yield patches.bfloat16()
+        yield patches

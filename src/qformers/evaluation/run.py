@@ -71,7 +71,8 @@ def score_retrieval(model: Stage1Model, dataset: CaptionDataset, rerank: int = 0
     assert isinstance(tokenizer, CaptionTokenizer), "retrieval compares texts of the Q-Former's own tokenizer"
     if captions.empty:
         raise DataError(f"{len(captions.empty)} captions are empty, such as that of {captions.empty[0]}: mend them")
-    patches = torch.cat([part.cpu() for part in patch_batches(model.vision_encoder, dataset.images())])
+    # In bf16, as a feature store keeps them: all of them stay in memory.
+    patches = torch.cat([part.bfloat16().cpu() for part in patch_batches(model.vision_encoder, dataset.images())])
     images = image_features(model, _on_device(model, patches))
     similarities = itc_similarities(images, text_features(model, tokenizer.encode, captions.texts))
     reranked = None

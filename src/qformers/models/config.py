@@ -52,6 +52,9 @@ class LanguageConfig:
     """Load the language model, and only it, in 8 or 4 bits (needs bitsandbytes)."""
     prompt: str = ""
     """Text before every caption, in training and after: the paper fine-tunes captioning with "a photo of"."""
+    split_captions: bool = True
+    """Encoder-decoder: prefix language modelling, as the paper's stage 2. False: the encoder reads the prompt alone and
+    the decoder says the whole caption, as fine-tuning needs."""
     end_token: str | None = None
     """What ends a caption; default: the tokenizer's own. The authors end OPT's with a line break."""
 
@@ -88,11 +91,13 @@ class GenerationSettings:
                 f"num_beams is {self.num_beams} and num_return_sequences {self.num_return_sequences}: "
                 "each must be at least 1"
             )
-        if self.top_p is None and self.num_return_sequences > self.num_beams:
+        if self.num_return_sequences > self.num_beams and (self.top_p is None or self.num_beams > 1):
             raise ConfigError(
-                f"num_return_sequences is {self.num_return_sequences} with num_beams {self.num_beams}: "
-                "without sampling (top_p) there are only as many captions as beams"
+                f"num_return_sequences is {self.num_return_sequences} with num_beams {self.num_beams}: there are only "
+                "as many captions as beams; without beams, sampling (top_p) gives any number"
             )
+        if self.top_p is None and self.temperature != 1.0:
+            raise ConfigError(f"temperature is {self.temperature} without top_p: only sampling has a temperature")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: must be above 0 and at most 1")
         if self.temperature <= 0 or self.repetition_penalty <= 0:

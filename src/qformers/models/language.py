@@ -8,6 +8,7 @@ decoder says the target (BLIP-2, section 3.2 and figure 3).
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import GenerationSettings, LanguageConfig
 from qformers.models.freezing import freeze
 from qformers.models.vision import quiet_loading
+
+logger = logging.getLogger(__name__)
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -53,6 +60,9 @@ class LanguageModel(nn.Module):
         self.end_id = end_id
         self.pad_id = pad_id
         self.dim = int(self.model.get_input_embeddings().weight.shape[1])
+        # A checkpoint's own habits (BART's forbidden repetitions, a chat model's sampling) would apply unasked.
+        plain = GenerationConfig(decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None))
+        self.model.generation_config = plain
         freeze(self, "language_model")
 
     @property
@@ -92,7 +102,9 @@ class LanguageModel(nn.Module):
             # As T5 and BART are trained: the decoder starts from its start token and reads its own targets.
             start = torch.full_like(target_ids[:, :1], self._decoder_start_id)
             decoder_ids = torch.cat([start, target_ids[:, :-1]], dim=1)
-            logits = self.model(inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+            logits = self.model(
+                inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
+            ).logits
             return logits[target_mask]
         # The logits of a token are at the position before it. Positions that predict no target of any row are left
         # out of the vocabulary head, the largest product of a small model.
@@ -121,14 +133,24 @@ class LanguageModel(nn.Module):
             ConfigError: prompts and `max_new_tokens` are longer than the model's context.
         """
         embeds, mask = self._read(visual_prompts, input_ids, attention_mask)
-        self.check_context(embeds.shape[1] + (0 if self.is_encoder_decoder else settings.max_new_tokens))
+        if self.is_encoder_decoder:
+            self.check_context(max(embeds.shape[1], 1 + settings.max_new_tokens))
+        else:
+            self.check_context(embeds.shape[1] + settings.max_new_tokens)
         if not self.is_encoder_decoder:
             embeds, mask = _padded_left(embeds, mask)
         sampling = settings.top_p is not None
-        options: dict[str, Any] = {"top_p": settings.top_p, "temperature": settings.temperature} if sampling else {}
+        options: dict[str, Any] = {}
+        if sampling:
+            options = {"top_p": settings.top_p, "temperature": settings.temperature, "top_k": 0}
+        if settings.repetition_penalty != 1.0:
+            # generate's own would take the padding of a row for so many of its new tokens and spare them.
+            options["logits_processor"] = LogitsProcessorList(
+                [RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)]
+            )
         if streamer is not None:
             options["streamer"] = streamer
-        with quiet_loading():  # it would warn of the settings that the checkpoint's own generation config has
+        with quiet_loading():
             said = self.model.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
@@ -137,7 +159,6 @@ class LanguageModel(nn.Module):
                 num_beams=settings.num_beams,
                 num_return_sequences=settings.num_return_sequences,
                 length_penalty=settings.length_penalty,
-                repetition_penalty=settings.repetition_penalty,
                 do_sample=sampling,
                 eos_token_id=self.end_id,
                 pad_token_id=self.pad_id,
@@ -191,17 +212,29 @@ def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> La
     assert config.path is not None, "the caller fills in where the language model is"
     source = config.path
     described = _described(source)
+    if described.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        described.is_encoder_decoder or getattr(described, "is_decoder", False)
+    ):
+        raise ConfigError(f"{source}: {described.model_type} fills gaps and does not go on from a text: choose another")
     auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     if config.quantization != "none":
         options["quantization_config"] = _quantization(config.quantization)
     try:
         with quiet_loading():
-            model = auto.from_pretrained(source, **options)
+            model, loading = auto.from_pretrained(source, output_loading_info=True, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{source}: {described.model_type} cannot be used ({_one_line(error)})") from error
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{source}: the weights cannot be read ({_one_line(error)}): fetch them again") from error
+    if absent := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"{source}: {len(absent)} of the weights are missing, first {absent[0]}: not a whole {described.model_type}"
+        )
+    if model.dtype == torch.float16 and not torch.cuda.is_available():
+        # A CPU's autocast mixes bf16 into it, which its norms refuse.
+        logger.info("%s is stored in float16, which this machine cannot train through: bfloat16 is used", source)
+        model = model.to(torch.bfloat16)
     return LanguageModel(model, end_id, pad_id)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qformers.errors import CheckpointError
+from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import LanguageConfig, ModelConfig
 from qformers.models.language import build_language_model
 from qformers.models.presets import build_stage1, build_stage2
@@ -30,6 +31,8 @@ FORMATS = {1: "qformers-stage1", 2: "qformers-stage2"}
 LANGUAGE_FOLDER = "language_model"
 LANGUAGE_TOKENIZER_FOLDER = "language_tokenizer"
 LANGUAGE_PREFIX = "language_model."
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -174,10 +177,40 @@ def start_from(model: Stage2Model, folder: str | Path) -> None:
                 f"{folder}: {name} has shape {tuple(state[name].shape)}, the recipe's model {tuple(tensor.shape)}: "
                 "set `model` as that run's config.yaml has it"
             )
+    leftover = [
+        name for name in state if name.startswith(("vision_encoder.", "vision_norm.", "qformer.")) and name not in ours
+    ]
+    if leftover:
+        raise CheckpointError(
+            f"{folder}: {len(leftover)} of its weights have no place in the recipe's model, first {min(leftover)}: "
+            "set `model` as that run's config.yaml has it"
+        )
+    if any(name in state and state[name].shape != tensor.shape for name, tensor in ours.items()):
+        logger.warning("%s: its projection is of another language model's width and starts afresh", folder)
     with torch.no_grad():
         for name, tensor in ours.items():
             if name in state and state[name].shape == tensor.shape:
                 tensor.copy_(state[name])
+
+
+def started_language(folder: str | Path, language: LanguageConfig) -> tuple[LanguageConfig, Path | None]:
+    """`language` with what it leaves open taken from the stage-2 model that training goes on from.
+
+    Returns:
+        The settings, and the folder in which the language model and its tokenizer are found; None when `language`
+        names another one.
+
+    Raises:
+        CheckpointError: no model there. ConfigError: no language model is named, here or there.
+    """
+    inside = model_folder(folder)
+    described = read_description(inside).get("language")
+    if language.path is not None:
+        return language, None
+    if described is None:
+        raise ConfigError(f"language.path is not set and {folder} has no language model: name one")
+    end_token = language.end_token or described["end_token"]
+    return replace(language, path=described["path"], end_token=end_token), inside
 
 
 def model_folder(path: str | Path) -> Path:

@@ -26,6 +26,8 @@ class Stage1LossConfig:
     """Pairs that share an image id share ITC targets and are never each other's ITM negatives."""
 
     def __post_init__(self) -> None:
+        if self.itm_fraction == 0:
+            raise ConfigError("objectives.itm_fraction is 0: ITM needs at least one pair of each batch")
         for name in ("label_smoothing", "hard_negative_fraction", "itm_fraction"):
             share = getattr(self, name)
             if not 0 <= share <= 1:

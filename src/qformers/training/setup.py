@@ -30,8 +30,8 @@ from qformers.models.saving import (
     LANGUAGE_FOLDER,
     LANGUAGE_TOKENIZER_FOLDER,
     SavedLanguage,
-    model_folder,
     start_from,
+    started_language,
 )
 from qformers.models.stage1 import Stage1Model
 from qformers.models.stage2 import Stage2Model
@@ -127,22 +127,17 @@ def _stage2(
 ) -> tuple[Stage2Objective, LanguageTokenizer, SavedLanguage]:
     """The language-modelling loss around a model that goes on from `config.start`, and what batches are made with."""
     assert config.start is not None, "TrainConfig requires it"
-    language = config.language
-    words = language.path
-    if language.path is None:
-        folder = model_folder(config.start)
-        if not (folder / LANGUAGE_FOLDER).is_dir():
-            raise ConfigError(f"language.path is not set and {config.start} has no language model: name one")
-        language = replace(language, path=str(folder / LANGUAGE_FOLDER))
-        words = str(folder / LANGUAGE_TOKENIZER_FOLDER)
+    language, inside = started_language(config.start, config.language)
+    path = str(language.path if inside is None else inside / LANGUAGE_FOLDER)
     captions = LanguageTokenizer.from_pretrained(
-        str(words),
-        is_encoder_decoder=is_encoder_decoder(str(language.path)),
+        path if inside is None else inside / LANGUAGE_TOKENIZER_FOLDER,
+        is_encoder_decoder=is_encoder_decoder(path),
         prompt=language.prompt,
         max_tokens=config.data.max_text_tokens,
         end_token=language.end_token,
+        split_captions=language.split_captions,
     )
-    speaker = build_language_model(language, captions.end_id, captions.pad_id)
+    speaker = build_language_model(replace(language, path=path), captions.end_id, captions.pad_id)
     prompt_ids, _ = captions.encode_prompts([language.prompt])
     speaker.check_context(config.model.num_queries + prompt_ids.shape[1] + config.data.max_text_tokens)
     model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker)
