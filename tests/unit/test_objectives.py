@@ -19,7 +19,7 @@ from qformers.objectives.itc import (
     similarities,
 )
 from qformers.objectives.itm import HardNegatives, itm_labels, itm_logits, itm_loss, sample_hard_negatives
-from qformers.objectives.stage1 import Stage1Objective
+from qformers.objectives.stage1 import Stage1Objective, query_diversity
 
 ONE = torch.tensor(1.0)
 
@@ -194,6 +194,17 @@ def test_stats_count_what_was_right():
     assert 0 <= output.stats["itm_accuracy"] <= 1
     assert output.stats["itc_accuracy"].item() * 3 == pytest.approx(round(output.stats["itc_accuracy"].item() * 3))
     assert not any(value.requires_grad for value in output.stats.values())
+
+
+def test_queries_that_say_the_same_have_no_diversity():
+    alone = torch.randn(3, 1, 8)
+    assert query_diversity(alone.expand(3, 4, 8)) == pytest.approx(0.0, abs=1e-12)
+    opposite = torch.cat([alone, -alone], dim=1)
+    assert query_diversity(opposite) == pytest.approx(1.0)
+    model, batch = tiny_stage1(), random_batch([4, 5, 6])
+    apart = objective(model)(batch).stats["query_diversity"]
+    model.qformer.query_tokens.data[:] = model.qformer.query_tokens.data[0]
+    assert apart > 0.01 and objective(model)(batch).stats["query_diversity"] < 1e-6
 
 
 def test_half_precision_runs_and_keeps_features_and_logits_in_fp32():

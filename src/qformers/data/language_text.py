@@ -143,8 +143,9 @@ class LanguageTokenizer:
     def _ids(self, text: str) -> list[int]:
         # verbose=False: transformers would warn that a long text cannot be run; the limits here are ours.
         # Captions hold no special tokens: "</s>" typed by a user is read as the pieces it is spelled with.
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return self._tokenizer(text, **options)["input_ids"] if text else []
+        if not text:
+            return []
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def _one_id(self, token: str) -> int:
         ids = self._tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,26 +48,25 @@ def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, s
 
 
 def _new_model(tokenizer: PreTrainedTokenizerBase) -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=256,
-            d_kv=32,
-            d_ff=768,
-            num_layers=3,
-            num_heads=8,
-            dropout_rate=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
-        )
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "d_model": 256,
+        "d_kv": 32,
+        "d_ff": 768,
+        "num_layers": 3,
+        "num_heads": 8,
+        "dropout_rate": 0.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    return T5ForConditionalGeneration(T5Config(**settings))
 
 
 def _train(
     model: T5ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: list[str],
     generator: np.random.Generator,
 ) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, fused=True)
@@ -98,6 +98,6 @@ def _scrambled(text: str, generator: np.random.Generator) -> str:
     return " ".join(words[place] for place in generator.permutation(len(words)))
 
 
-def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    rows = [torch.tensor(ids) for ids in tokenizer(list(texts))["input_ids"]]
-    return pad(rows, int(tokenizer.pad_token_id or 0))
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+    return pad(rows, cast(int, tokenizer.pad_token_id))

@@ -222,7 +222,8 @@ def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> La
         options["quantization_config"] = _quantization(config.quantization)
     try:
         with quiet_loading():
-            model, loading = auto.from_pretrained(source, output_loading_info=True, **options)
+            loaded: Any = auto.from_pretrained(source, output_loading_info=True, **options)
+            model, loading = loaded
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{source}: {described.model_type} cannot be used ({_one_line(error)})") from error
     except _LOAD_ERRORS as error:

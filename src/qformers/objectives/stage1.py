@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from qformers.data.batch import Batch
@@ -56,7 +57,10 @@ class Stage1Objective(nn.Module):
         itg = itg_loss(model, packed.generative_outputs, batch.input_ids, batch.attention_mask, config.label_smoothing)
         return StepOutput(
             losses={"itc": itc, "itm": itm, "itg": itg},
-            stats=_stats(model, sim_i2t, positives, logits, labels),
+            stats={
+                **_stats(model, sim_i2t, positives, logits, labels),
+                "query_diversity": query_diversity(packed.image.query_outputs),
+            },
         )
 
     @torch.no_grad()
@@ -67,6 +71,18 @@ class Stage1Objective(nn.Module):
         belongs together.
         """
         self.model.temperature.clamp_(min=self.config.min_temperature)
+
+
+@torch.no_grad()
+def query_diversity(query_outputs: Float[Tensor, "images queries dim"]) -> Float[Tensor, ""]:
+    """The share (0–1) of the query outputs that differs between the queries of one image.
+
+    Near 0 all queries say the same, and the Q-Former is worth one: it happens at too large a learning rate, and the
+    losses do not show it.
+    """
+    outputs = query_outputs.detach().float()
+    between = outputs - outputs.mean(dim=1, keepdim=True)
+    return between.pow(2).mean() / outputs.pow(2).mean()
 
 
 @torch.no_grad()
