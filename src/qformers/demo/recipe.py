@@ -81,9 +81,9 @@ def demo_recipe(
     """The stage-1 run of the demo: the paper's three objectives on a small frozen encoder and a small BERT.
 
     Deviations from the paper, all for a run of minutes instead of days: 5 × its learning rate for fresh weights (the
-    BERT's learn at the paper's; at 20 × all queries end up alike), no dropout, one precomputed view of each picture,
-    ITM on a part of each batch with half of its negatives easy ones, without which it does not leave chance in so
-    few steps, and a temperature kept at 0.1, which names unseen words better.
+    BERT's learn at the paper's; at 20 × its queries become alike sooner), no dropout, one precomputed view of each
+    picture, ITM on a part of each batch with half of its negatives easy ones, without which it does not leave chance
+    in so few steps, and a temperature kept at 0.1, which names unseen words better.
     """
     return TrainConfig(
         output=str(output),

@@ -77,8 +77,8 @@ class Stage1Objective(nn.Module):
 def query_diversity(query_outputs: Float[Tensor, "images queries dim"]) -> Float[Tensor, ""]:
     """The share (0–1) of the query outputs that differs between the queries of one image.
 
-    Near 0 all queries say the same, and the Q-Former is worth one: it happens at too large a learning rate, and the
-    losses do not show it.
+    Near 0 all queries say the same, and the Q-Former is worth one: it happens in short runs at large
+    learning rates, and the losses do not show it.
     """
     outputs = query_outputs.detach().float()
     between = outputs - outputs.mean(dim=1, keepdim=True)
