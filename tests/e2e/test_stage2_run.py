@@ -183,8 +183,8 @@ def test_bad_input_gets_one_line(run, data, tmp_path, capsys, monkeypatch):
         train(replace(config, output=str(tmp_path / "c"), language=LanguageConfig()))
     with pytest.raises(CheckpointError, match=r"no qformers model here"):
         train(replace(config, output=str(tmp_path / "e"), start=str(tmp_path / "typo"), language=LanguageConfig()))
-    every_block = replace(config, output=str(tmp_path / "f"), start=str(data / "every_block"))
-    train(toy_config(data, data / "every_block", steps=4, model=replace(config.model, cross_attention_frequency=1)))
+    every_block = replace(config, output=str(tmp_path / "f"), start=str(tmp_path / "every_block"))
+    train(toy_config(data, tmp_path / "every_block", steps=4, model=replace(config.model, cross_attention_frequency=1)))
     with pytest.raises(CheckpointError, match=r"\d+ of its weights have no place in the recipe's model, first qformer"):
         train(every_block)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
