@@ -139,7 +139,7 @@ def test_words_of_the_data_are_escaped_and_figures_are_shown_as_measured(tmp_pat
         "stamps : apt-get is missing",
         "make demo",
         "model 1.234 0.020 0.300 0.250 0.050 control 0.100",
-        "Scenes where one is missing",
+        "Scenes where an object is missing",
         "true: a dog below a tree",
         "One seed.",
     ):
