@@ -9,6 +9,15 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from qformers.models.qformer import QFormer
 
+TOY_VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 # Ours → Hugging Face's, within one block; several are concatenated.
 BLOCK_KEYS = {
     "self_attention.qkv": [

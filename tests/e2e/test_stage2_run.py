@@ -136,6 +136,20 @@ def test_evaluation_scores_every_picture(run, data, tmp_path, capsys):
     assert "cider" in capsys.readouterr().out
 
 
+def test_nocaps_domains_are_scored_apart(run, data, tmp_path):
+    _, config, _ = run
+    domains = ["in-domain", "near-domain", "out-domain"]
+    images = [{"id": n, "file_name": f"{data}/{n}.png", "domain": domains[n % 3]} for n in range(6)]
+    said = [{"image_id": n, "caption": text} for n in range(6) for text in ("a red cat.", f"a dog and {n} birds")]
+    (tmp_path / "nocaps.json").write_text(json.dumps({"images": images, "annotations": said}))
+    arguments = ["evaluate", "captioning", "--model", config.output, "--data", str(tmp_path / "nocaps.json")]
+    more = ["--format", "coco", "--domains", "--max_new_tokens", "5", "--json", str(tmp_path / "scores.json")]
+    assert main([*arguments, *more]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == 6 and "overall/cider" not in scores
+    assert {"cider", *(f"{domain}/cider" for domain in domains)} <= scores.keys()
+
+
 def test_captioning_goes_on_from_stage_2_with_a_prompt_a_larger_picture_and_the_image_encoder(run, data, tmp_path):
     """As the paper fine-tunes: "a photo of", position embeddings interpolated, layers learning at falling rates."""
     _, config, model = run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import GivenPatches, random_texts, randomise, tiny_stage1
-from hf_blip2 import give_weights
+from hf_blip2 import TOY_VISION, give_weights
 from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
@@ -93,14 +93,7 @@ def test_stage1_scores_equal_the_retrieval_model_s():
     """ITC features and similarities and ITM logits of `Blip2ForImageTextRetrieval`, pixels in."""
     torch.manual_seed(0)
     config = Blip2Config(
-        vision_config={
-            "hidden_size": 24,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 14,
-        },
+        vision_config=TOY_VISION,
         qformer_config={
             "vocab_size": 50,
             "hidden_size": 32,

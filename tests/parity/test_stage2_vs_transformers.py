@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import randomise
-from hf_blip2 import give_weights
+from hf_blip2 import TOY_VISION, give_weights
 from toy_language import (
     END,
     FAMILIES,
@@ -35,14 +35,7 @@ def pair(family: str):
     torch.manual_seed(0)
     text_config = toy_transformers_model(family).config
     config = Blip2Config(
-        vision_config={
-            "hidden_size": 24,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 14,
-        },
+        vision_config=TOY_VISION,
         qformer_config={
             "hidden_size": 32,
             "num_hidden_layers": 2,

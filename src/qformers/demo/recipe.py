@@ -18,7 +18,7 @@ LanguageModelName = Literal["smollm2", "t5"]
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything. `standard` fits 15 minutes on 2 cores, `quick` 3, `long` an hour."""
+    """How much of everything. `standard` fits 20 minutes on 2 cores, `quick` 3, `long` an hour."""
 
     data: DemoDataConfig
     steps: int
@@ -31,6 +31,17 @@ class DemoSize:
     captioning_batch_size: int
 
 
+STANDARD = DemoSize(
+    data=DemoDataConfig(scenes=2500),
+    steps=280,
+    batch_size=128,
+    image_px=126,
+    num_queries=8,
+    rerank=16,
+    itm_fraction=0.25,
+    captioning_steps=150,
+    captioning_batch_size=32,
+)
 SIZES: dict[Size, DemoSize] = {
     "quick": DemoSize(
         data=DemoDataConfig(scenes=300, held_out_scenes=60, validation_scenes=30, singles=0),
@@ -43,28 +54,8 @@ SIZES: dict[Size, DemoSize] = {
         captioning_steps=8,
         captioning_batch_size=16,
     ),
-    "standard": DemoSize(
-        data=DemoDataConfig(scenes=2500),
-        steps=280,
-        batch_size=128,
-        image_px=126,
-        num_queries=8,
-        rerank=16,
-        itm_fraction=0.25,
-        captioning_steps=150,
-        captioning_batch_size=32,
-    ),
-    "long": DemoSize(
-        data=DemoDataConfig(scenes=2500),
-        steps=900,
-        batch_size=128,
-        image_px=126,
-        num_queries=8,
-        rerank=16,
-        itm_fraction=0.25,
-        captioning_steps=400,
-        captioning_batch_size=32,
-    ),
+    "standard": STANDARD,
+    "long": replace(STANDARD, steps=900, captioning_steps=400),
 }
 
 

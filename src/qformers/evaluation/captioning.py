@@ -146,12 +146,12 @@ def evaluate_captioning(
     if unknown := [image_id for image_id in dataset.records["image_id"] if domains and str(image_id) not in domain_of]:
         raise DataError(f"{source.path}: {len(unknown)} pictures have no domain, such as {unknown[0]}")
     scores = caption_dataset(captioner, dataset, settings)
-    metrics = {"images": float(len(scores.captions)), **scores.metrics()}
-    if domains:
-        of_each = [domain_of[image_id] for image_id in scores.image_ids]
-        for domain, found in by_domain(scores.captions, scores.references, of_each).items():
-            metrics |= {f"{domain}/{name}": value for name, value in found.items() if domain != "overall"}
-    return scores, metrics
+    metrics = {"images": float(len(scores.captions))}
+    if not domains:
+        return scores, metrics | scores.metrics()
+    of_each = by_domain(scores.captions, scores.references, [domain_of[image_id] for image_id in scores.image_ids])
+    metrics |= of_each.pop("overall")
+    return scores, metrics | {f"{name}/{key}": value for name, found in of_each.items() for key, value in found.items()}
 
 
 def caption_dataset(captioner: Captioner, dataset: CaptionDataset, settings: GenerationSettings) -> CaptionScores:

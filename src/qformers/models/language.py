@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import GenerationSettings, LanguageConfig
 from qformers.models.freezing import freeze
-from qformers.models.vision import quiet_loading
+from qformers.models.vision import one_line, quiet_loading
 
 logger = logging.getLogger(__name__)
 
@@ -225,9 +225,9 @@ def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> La
             loaded: Any = auto.from_pretrained(source, output_loading_info=True, **options)
             model, loading = loaded
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"{source}: {described.model_type} cannot be used ({_one_line(error)})") from error
+        raise ConfigError(f"{source}: {described.model_type} cannot be used ({one_line(error)})") from error
     except _LOAD_ERRORS as error:
-        raise CheckpointError(f"{source}: the weights cannot be read ({_one_line(error)}): fetch them again") from error
+        raise CheckpointError(f"{source}: the weights cannot be read ({one_line(error)}): fetch them again") from error
     if absent := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"{source}: {len(absent)} of the weights are missing, first {absent[0]}: not a whole {described.model_type}"
@@ -250,7 +250,7 @@ def _described(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{source}: no language model can be loaded from here ({_one_line(error)})") from error
+        raise ConfigError(f"{source}: no language model can be loaded from here ({one_line(error)})") from error
 
 
 def _quantization(kind: str) -> Any:
@@ -266,7 +266,3 @@ def _quantization(kind: str) -> Any:
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"language.quantization {kind} needs bitsandbytes: `pip install bitsandbytes`, or use none")
     return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

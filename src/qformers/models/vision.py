@@ -168,7 +168,7 @@ def build_vision_encoder(
             layer = _resolve_layer(layer, family.layers(whole), source)
             config = model_class.config_class.from_pretrained(source, **family.shorten(whole, layer))
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"{source}: config.json cannot be used ({_one_line(error)})") from error
+            raise ConfigError(f"{source}: config.json cannot be used ({one_line(error)})") from error
         body, geometry = _load(source, family, config, layer, dtype or torch.float32)
     processor = _image_processor(source)
     image_px = _native_px(processor, config) if image_px is None else image_px
@@ -203,9 +203,7 @@ def _model_type(source: str) -> str:
     try:
         config, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{source}: neither a folder nor a hub id that can be reached ({_one_line(error)})"
-        ) from error
+        raise ConfigError(f"{source}: neither a folder nor a hub id that can be reached ({one_line(error)})") from error
     model_type = config.get("model_type", "none")
     if model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
@@ -235,7 +233,7 @@ def _load(
             **options,
         )
     except _LOAD_ERRORS as error:
-        raise CheckpointError(f"{source}: the weights cannot be read ({_one_line(error)}): fetch them again") from error
+        raise CheckpointError(f"{source}: the weights cannot be read ({one_line(error)}): fetch them again") from error
     body, geometry = family.take(model, config, layer)
     used = {id(tensor) for tensor in body.state_dict(keep_vars=True).values()}
     needed = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in used}
@@ -258,7 +256,8 @@ def _image_processor(source: str) -> dict[str, Any]:
     return processor
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error from a library, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

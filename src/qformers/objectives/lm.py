@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qformers.data.batch import IGNORED_LABEL, Batch
 from qformers.models.reader import at_least_fp32
 from qformers.models.stage2 import Stage2Model
-from qformers.objectives.output import StepOutput
+from qformers.objectives.output import StepOutput, patch_embeds_of
 
 
 def lm_loss(logits: Float[Tensor, "targets vocabulary"], targets: Int[Tensor, " targets"]) -> Float[Tensor, ""]:
@@ -29,14 +29,14 @@ class Stage2Objective(nn.Module):
         """The loss over what the captions' labels say; nothing over visual prompts, prompt or padding."""
         model, labels = self.model, batch.labels
         assert labels is not None, "a batch of stage 2 carries labels"
-        patch_embeds = batch.patch_embeds
-        if patch_embeds is None:
-            assert batch.pixel_values is not None, "a batch carries pixels or precomputed features"
-            patch_embeds = model.vision_encoder(batch.pixel_values)
         target_mask = labels != IGNORED_LABEL
         target_ids = labels.masked_fill(~target_mask, 0)
         logits = model.language_model(
-            model.visual_prompts(patch_embeds), batch.input_ids, batch.attention_mask, target_ids, target_mask
+            model.visual_prompts(patch_embeds_of(batch, model)),
+            batch.input_ids,
+            batch.attention_mask,
+            target_ids,
+            target_mask,
         )
         targets = labels[target_mask]
         loss = lm_loss(logits, targets)

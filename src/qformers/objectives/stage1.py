@@ -15,7 +15,7 @@ from qformers.objectives.config import Stage1LossConfig
 from qformers.objectives.itc import itc_loss, own_caption_matrix, same_image_matrix, similarities
 from qformers.objectives.itg import itg_loss
 from qformers.objectives.itm import HardNegatives, itm_labels, itm_logits, itm_loss, sample_hard_negatives
-from qformers.objectives.output import StepOutput
+from qformers.objectives.output import StepOutput, patch_embeds_of
 
 
 class Stage1Objective(nn.Module):
@@ -29,11 +29,7 @@ class Stage1Objective(nn.Module):
     def forward(self, batch: Batch, negatives: HardNegatives | None = None) -> StepOutput:
         """Losses of a batch. `negatives` are drawn unless given (tests give them)."""
         model, config = self.model, self.config
-        patch_embeds = batch.patch_embeds
-        if patch_embeds is None:
-            assert batch.pixel_values is not None, "a batch carries pixels or precomputed features"
-            patch_embeds = model.vision_encoder(batch.pixel_values)
-        packed = model.packed_pass(patch_embeds, batch.input_ids, batch.attention_mask)
+        packed = model.packed_pass(patch_embeds_of(batch, model), batch.input_ids, batch.attention_mask)
 
         sim_i2t, sim_t2i = similarities(packed.image.image_features, packed.text_features)
         positive_matrix = same_image_matrix if config.use_image_ids else own_caption_matrix
