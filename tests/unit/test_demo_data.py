@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.concepts import (
@@ -40,6 +40,7 @@ CONFIG = DemoDataConfig(
     validation_scenes=4,
     held_out_concepts=8,
     validation_concepts=3,
+    scene_objects=18,
     singles=1,
     image_px=96,
 )
@@ -228,9 +229,30 @@ def test_too_little_to_build_from_is_one_clear_error(folders: dict[str, Path], t
     assert list(tmp_path.iterdir()) == [], "a failed build leaves something behind"
 
 
+def test_scenes_are_made_of_so_many_objects(built: Path) -> None:
+    records = [record for name in ("train", "held_out_scenes", "validation_scenes") for record in read(built, name)]
+    things = {thing["name"] for record in records if record["kind"] == "scene" for thing in record["objects"]}
+    assert len(things) == CONFIG.scene_objects
+
+
+def test_another_view_of_a_concept_is_moved_and_smaller_or_tilted(built: Path) -> None:
+    records = {record["image_id"]: record for record in read(built, "train") if record["kind"] == "concept"}
+    twins = [(records[name.removesuffix("-view1")], records[name]) for name in records if name.endswith("-view1")]
+    assert 2 * len(twins) == len(records)
+    for first, second in twins:
+        assert {**first, "image": "", "image_id": ""} == {**second, "image": "", "image_id": ""}
+        boxes = []
+        for record in (first, second):
+            with Image.open(built / record["image"]) as image:
+                ink = ImageChops.invert(image).convert("L").point(lambda value: 255 * (value > 16))
+            boxes.append(ink.getbbox())
+        assert boxes[0] != boxes[1]
+        assert all(box is not None and 0 <= box[0] < box[2] <= 96 and 0 <= box[1] < box[3] <= 96 for box in boxes)
+
+
 def test_stamps_alone_are_enough(folders: dict[str, Path], tmp_path: Path) -> None:
     data = build_demo_dataset({"tuxpaint": folders["tuxpaint"]}, tmp_path / "out", CONFIG)
-    assert data.counts["train_concept_pictures"] == 40 and data.counts["held_out_concepts"] == 0
+    assert data.counts["train_concept_pictures"] == 2 * 40 and data.counts["held_out_concepts"] == 0
     assert data.counts["held_out_scenes"] == 12
 
 

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DemoDataConfig:
-    """What to build. `singles` are extra pictures for each training concept, pasted on other grounds."""
+    """What to build.
 
+    `concept_views` are how often each picture of a training concept is shown: as it is, then smaller, tilted and
+    moved. `singles` are extra pictures for each training concept, pasted on other grounds. `scenes` are composed of
+    `scene_objects` different things.
+    """
+
+    concept_views: int = 2
     scenes: int = 3000
+    scene_objects: int = 200
     held_out_scenes: int = 300
     validation_scenes: int = 100
     held_out_concepts: int = 248
     validation_concepts: int = 80
-    singles: int = 2
+    singles: int = 1
     image_px: int = 224
     seed: int = 0
     workers: int = 2

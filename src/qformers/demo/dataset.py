@@ -54,8 +54,18 @@ from qformers.demo.scenes import (
 )
 from qformers.errors import ConfigError, DataError
 
-FORMAT_VERSION = 1  # raise when the same settings come to mean other pictures or words
+FORMAT_VERSION = 2  # raise when the same settings come to mean other pictures or words
 SPLITS = ("train", "validation_concepts", "validation_scenes", "held_out_concepts", "held_out_scenes")
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How a picture lies on its white square: its size (1 fills the square), its tilt, its place in the room left."""
+
+    size: float = 1.0
+    degrees: float = 0.0
+    across: float = 0.5
+    down: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ def _write_all(
     rng: np.random.Generator,
 ) -> dict[str, list[dict[str, Any]]]:
     """Draws every picture and writes every JSONL file; returns the records by split."""
-    train, pictures = _concept_records(split.train, rng)
+    train, pictures = _concept_records(split.train, config.concept_views, rng)
     records = {"train": train}
     for name, concepts in (("held_out_concepts", split.held_out), ("validation_concepts", split.validation)):
         records[name], more = _evaluation_records(concepts)
@@ -154,17 +164,22 @@ def _write_all(
 
 
 def _concept_records(
-    concepts: Iterable[Concept], rng: np.random.Generator
-) -> tuple[list[dict[str, Any]], list[tuple[Picture, str]]]:
-    """One record for each picture of each concept, and which picture goes into which file."""
+    concepts: Iterable[Concept], views: int, rng: np.random.Generator
+) -> tuple[list[dict[str, Any]], list[tuple[Picture, Pose, str]]]:
+    """`views` records for each picture of each concept, and which picture goes into which file, how."""
     records, pictures = [], []
     for concept in concepts:
         captions = emoji_captions(concept, rng) if concept.group else _stamp_captions(concept)
         for picture in concept.pictures:
-            image_id = f"{picture.source}-{concept.key}"
-            records.append(_record(image_id, captions, "concept", concept.label, picture.source))
-            pictures.append((picture, image_id))
+            for view in range(views):
+                image_id = f"{picture.source}-{concept.key}" + (f"-view{view}" if view else "")
+                records.append(_record(image_id, captions, "concept", concept.label, picture.source))
+                pictures.append((picture, _random_pose(rng) if view else Pose(), image_id))
     return records, pictures
+
+
+def _random_pose(rng: np.random.Generator) -> Pose:
+    return Pose(rng.uniform(0.6, 1.0), rng.uniform(-15, 15), float(rng.random()), float(rng.random()))
 
 
 def _stamp_captions(concept: Concept) -> list[str]:
@@ -173,14 +188,14 @@ def _stamp_captions(concept: Concept) -> list[str]:
 
 def _evaluation_records(
     concepts: Iterable[Concept],
-) -> tuple[list[dict[str, Any]], list[tuple[Picture, str]]]:
+) -> tuple[list[dict[str, Any]], list[tuple[Picture, Pose, str]]]:
     """The first vendor's picture of each concept with its label as the only caption."""
     records, pictures = [], []
     for concept in concepts:
         picture = concept.pictures[0]
         image_id = f"{picture.source}-{concept.key}"
         records.append(_record(image_id, [concept.label], "concept", concept.label, picture.source))
-        pictures.append((picture, image_id))
+        pictures.append((picture, Pose(), image_id))
     return records, pictures
 
 
@@ -249,7 +264,7 @@ def _plan_pairs(
 ) -> dict[str, list[Scene]]:
     """Training scenes, and evaluation scenes of trained objects in pairs that no training scene shows."""
     names = sorted(nouns)
-    pool = [names[index] for index in rng.permutation(len(names))[: max(config.scenes, 2)]]
+    pool = [names[index] for index in rng.permutation(len(names))[: config.scene_objects]]
     wanted = config.held_out_scenes + config.validation_scenes
     pairs = draw_pairs(pool, wanted, rng)
     if len(pairs) < wanted or len(pool) * (len(pool) - 1) // 2 < 2 * wanted:
@@ -269,17 +284,20 @@ def _plan_pairs(
     }
 
 
-def _write_picture(job: tuple[Picture, str], folder: Path, image_px: int) -> None:
-    """A picture on white, centred; a stamp, which has no margin of its own, gets one."""
-    picture, image_id = job
+def _write_picture(job: tuple[Picture, Pose, str], folder: Path, image_px: int) -> None:
+    """A picture on white; a stamp, which has no margin of its own, gets one."""
+    picture, pose, image_id = job
     with Image.open(picture.path) as image:
         rgba = image.convert("RGBA")
     if picture.source == "tuxpaint":
         rgba = rgba.crop(rgba.getchannel("A").getbbox())
-    scale = image_px / max(rgba.size) * (0.9 if picture.source == "tuxpaint" else 1)
+    if pose.degrees:
+        rgba = rgba.rotate(pose.degrees, Image.Resampling.BICUBIC, expand=True)
+    scale = image_px / max(rgba.size) * (0.9 if picture.source == "tuxpaint" else 1) * pose.size
     rgba = rgba.resize([max(1, round(side * scale)) for side in rgba.size], Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", (image_px, image_px), "white")
-    canvas.paste(rgba, ((image_px - rgba.width) // 2, (image_px - rgba.height) // 2), rgba)
+    corner = round((image_px - rgba.width) * pose.across), round((image_px - rgba.height) * pose.down)
+    canvas.paste(rgba, corner, rgba)
     _save(canvas, folder, image_id)
 
 

@@ -32,7 +32,7 @@ class DemoSize:
 
 
 STANDARD = DemoSize(
-    data=DemoDataConfig(scenes=2500),
+    data=DemoDataConfig(),
     steps=280,
     batch_size=128,
     image_px=126,
@@ -44,7 +44,7 @@ STANDARD = DemoSize(
 )
 SIZES: dict[Size, DemoSize] = {
     "quick": DemoSize(
-        data=DemoDataConfig(scenes=300, held_out_scenes=60, validation_scenes=30, singles=0),
+        data=DemoDataConfig(concept_views=1, scenes=300, held_out_scenes=60, validation_scenes=30, singles=0),
         steps=20,
         batch_size=48,
         image_px=126,
@@ -96,6 +96,7 @@ def demo_recipe(
             num_queries=size.num_queries,
             dropout=0.0,
             attention_dropout=0.0,
+            standardise_patches=True,
         ),
         objectives=Stage1LossConfig(hard_negative_fraction=0.5, itm_fraction=size.itm_fraction, min_temperature=0.1),
         optimiser=OptimiserConfig(lr=5e-4, pretrained_lr_scale=0.2, min_lr=5e-6, warmup_steps=max(2, size.steps // 12)),
@@ -118,7 +119,7 @@ def demo_captioning_recipe(size: DemoSize, stage1: TrainConfig, *, language_mode
         output=str(output),
         stage=2,
         start=stage1.output,
-        language=LanguageConfig(path=str(language_model)),
+        language=LanguageConfig(path=str(language_model), dtype="bfloat16"),
         data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
         optimiser=OptimiserConfig(
             lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, size.captioning_steps // 12)

@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
             ).unbind(0)
             mask = None if mask is None else mask.index_select(2, reads)
         dropout = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        attended = attend(query, key, value, mask, dropout)
         return self.out(merge_heads(attended))
 
 
@@ -132,9 +132,29 @@ class CrossAttention(nn.Module):
         attended = []
         for part, (key, value, shared) in zip(parts, memories, strict=True):
             together = rearrange(part, "(images shared) heads q d -> images heads (shared q) d", shared=shared)
-            read = F.scaled_dot_product_attention(together, key, value, dropout_p=dropout)
+            read = attend(together, key, value, None, dropout)
             attended.append(rearrange(read, "images heads (shared q) d -> (images shared) q (heads d)", shared=shared))
         return self.out(torch.cat(attended))
+
+
+def attend(
+    query: Float[Tensor, "rows heads reads d"],
+    key: Float[Tensor, "rows heads length d"],
+    value: Float[Tensor, "rows heads length d"],
+    mask: Bool[Tensor, "masks 1 reads length"] | None,
+    dropout: float,
+) -> Float[Tensor, "rows heads reads d"]:
+    """Scaled dot-product attention (True in `mask` = may attend).
+
+    On a CPU, in half precision and with a backward pass to come, it is two plain products: the backward pass of
+    PyTorch's fused kernel takes five to twelve times as long there at a Q-Former's lengths (docs/speed.md).
+    """
+    if query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return F.dropout(scores.softmax(-1), dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 def split_heads(hidden: Float[Tensor, "rows length dim"], heads: int) -> Float[Tensor, "rows heads length d"]:

@@ -34,6 +34,9 @@ class ModelConfig:
     """On embeddings and on every sub-layer's output, as BERT."""
     attention_dropout: float = 0.1
     """On attention weights, as BERT."""
+    standardise_patches: bool = False
+    """Start `vision_norm` from the mean and spread of the training pictures' patches instead of 0 and 1. Short runs
+    need it: their queries become alike without it (docs/reproduction.md)."""
     train_vision_encoder: bool = False
     """Train the image encoder too, as the paper does when it fine-tunes; otherwise it is frozen."""
     checkpoint_vision_encoder: bool = False

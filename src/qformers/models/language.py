@@ -236,6 +236,9 @@ def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> La
         # A CPU's autocast mixes bf16 into it, which its norms refuse.
         logger.info("%s is stored in float16, which this machine cannot train through: bfloat16 is used", source)
         model = model.to(torch.bfloat16)
+    if model.dtype == torch.bfloat16 and not torch.cuda.is_available():
+        # As in `attention.attend`: a CPU's fused kernel is slow to train through in half precision.
+        model.set_attn_implementation("eager")
     return LanguageModel(model, end_id, pad_id)
 
 

@@ -30,6 +30,20 @@ class ImageReader(nn.Module):
         normalised = F.layer_norm(at_least_fp32(patch_embeds), norm.normalized_shape, eps=norm.eps)
         return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
 
+    @torch.no_grad()
+    def standardise_patches(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> None:
+        """Start `vision_norm` from some images: each dimension of its output gets mean 0 and spread 1 over their patches.
+
+        An image encoder's outputs are mostly alike: a few dimensions are large in every patch of every image. Read
+        as they are, they give each query the same large vector, next to which nothing of the queries is left.
+        """
+        norm = self.vision_norm
+        normalised = F.layer_norm(at_least_fp32(patch_embeds), norm.normalized_shape, eps=norm.eps).flatten(0, 1)
+        # A dimension that never changes must not be blown up.
+        spread = normalised.std(dim=0).clamp_min(1e-2)
+        norm.weight.copy_(1 / spread)
+        norm.bias.copy_(-normalised.mean(dim=0) / spread)
+
     def query(self, memory: ImageMemory) -> Float[Tensor, "images queries dim"]:
         """Query outputs Z of images alone."""
         queries = self.qformer.queries(memory.rows)

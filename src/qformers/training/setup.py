@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from qformers.data.config import SourceConfig
-from qformers.data.dataset import CaptionDataset
+from qformers.data.dataset import CaptionDataset, collate
 from qformers.data.features import FeatureKey, FeatureStore, records_fingerprint
 from qformers.data.language_text import LanguageTokenizer
 from qformers.data.sources import open_source
@@ -26,6 +26,7 @@ from qformers.errors import ConfigError
 from qformers.models.freezing import frozen_parts
 from qformers.models.language import build_language_model, is_encoder_decoder
 from qformers.models.presets import build_stage1, build_stage2
+from qformers.models.reader import ImageReader
 from qformers.models.saving import (
     LANGUAGE_FOLDER,
     LANGUAGE_TOKENIZER_FOLDER,
@@ -37,6 +38,7 @@ from qformers.models.stage1 import Stage1Model
 from qformers.models.stage2 import Stage2Model
 from qformers.models.vision import VisionEncoder, build_vision_encoder
 from qformers.objectives.lm import Stage2Objective
+from qformers.objectives.output import patch_embeds_of
 from qformers.objectives.stage1 import Stage1Objective
 from qformers.training.checkpoint import load_checkpoint, newest_checkpoint
 from qformers.training.config import TrainConfig
@@ -44,6 +46,7 @@ from qformers.training.optimiser import build_optimiser
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+STANDARDISING_PICTURES = 128  # some ten thousand patches: enough for a mean and a spread of each dimension
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,8 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
         validation_data = CaptionDataset(held_out, captions, transform, train=False, seed=config.seed, features=None)
 
     model = objective.model.to(accelerator.device).train()
+    if config.stage == 1 and config.model.standardise_patches and checkpoint is None:
+        _standardise_patches(objective.model, train_data, accelerator.device)
     optimiser = build_optimiser(model, config.optimiser)
     first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
     prepared = accelerator.prepare_model(objective)
@@ -143,6 +148,16 @@ def _stage2(
     model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker)
     start_from(model, config.start)
     return Stage2Objective(model), captions, SavedLanguage(language, captions)
+
+
+@torch.no_grad()
+def _standardise_patches(model: ImageReader, dataset: CaptionDataset, device: torch.device) -> None:
+    """Show the model some of the training pictures, evenly spread, before it learns from any."""
+    pictures = dataset.images()
+    chosen = torch.linspace(0, len(pictures) - 1, min(STANDARDISING_PICTURES, len(pictures))).round().int().tolist()
+    batch = collate([pictures[position] for position in chosen]).to(device)
+    if len(batch):  # none can be read: training says so, and names them
+        model.standardise_patches(patch_embeds_of(batch, model))
 
 
 def build_encoder(config: TrainConfig) -> VisionEncoder:
