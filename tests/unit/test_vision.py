@@ -88,10 +88,12 @@ def vit(request, tmp_path):
 def test_vit_equals_the_hidden_states_of_the_whole_model(vit) -> None:
     family, model, prefix_tokens, folder = vit
     expected = model(pictures(PX), output_hidden_states=True).hidden_states
-    for layer, read in ((-2, 2), (-1, 3), (1, 1)):
+    # EVA's checkpoints come without the model's last layer, so what they hold ends with layer −2.
+    counted = {-2: -1, -3: -2, 1: 1} if family == "eva" else {-1: -1, -2: -2, 1: 1}
+    for layer, read in zip(counted, (3, 2, 1), strict=True):
         encoder = build_vision_encoder(folder, layer=layer)
         patch_embeds = encoder(pictures(PX))
-        torch.testing.assert_close(patch_embeds, expected[layer], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(patch_embeds, expected[counted[layer]], atol=TOLERANCE, rtol=0)
         assert (encoder.family, encoder.layer, encoder.image_px) == (family, read, PX)
         assert (encoder.patches, encoder.dim) == tuple(patch_embeds.shape[1:]) == (16 + prefix_tokens, 32)
         # Two norms in each layer that is built, and CLIP's before the first; none after the last.
@@ -103,7 +105,8 @@ def test_vit_equals_the_hidden_states_of_the_whole_model(vit) -> None:
 def test_vit_interpolates_positions_for_another_size(vit) -> None:
     _, model, prefix_tokens, folder = vit
     options = {} if model.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
-    expected = model(pictures(84), output_hidden_states=True, **options).hidden_states[-2]
+    layer = -1 if model.config.model_type == "blip_2_vision_model" else -2
+    expected = model(pictures(84), output_hidden_states=True, **options).hidden_states[layer]
     encoder = build_vision_encoder(folder, image_px=84)
     assert encoder.grid == 6 and encoder.patches == 36 + prefix_tokens
     torch.testing.assert_close(encoder(pictures(84)), expected, atol=TOLERANCE, rtol=0)
@@ -139,11 +142,13 @@ def test_only_the_vision_part_of_a_whole_model_is_read(tmp_path) -> None:
         ("CLIPModel", both),
         ("SiglipModel", both),
         ("Blip2ForConditionalGeneration", blip2),
+        ("InstructBlipForConditionalGeneration", blip2),
     ):
         model = random_model(name, settings)
         model.save_pretrained(tmp_path / name)
         tower = getattr(model, "vision_model", None) or model.model.vision_model
-        expected = tower(pictures(PX), output_hidden_states=True).hidden_states[-2]
+        layer = -1 if "Blip" in name else -2
+        expected = tower(pictures(PX), output_hidden_states=True).hidden_states[layer]
         encoder = build_vision_encoder(tmp_path / name)
         torch.testing.assert_close(encoder(pictures(PX)), expected, atol=TOLERANCE, rtol=0)
 
@@ -163,6 +168,12 @@ def test_dtype_fingerprint_and_image_processor(tmp_path) -> None:
     with torch.no_grad():
         next(encoder.parameters()).view(-1)[0] += 1e-3
     assert build_vision_encoder(tmp_path).fingerprint() != encoder.fingerprint()
+
+
+def test_the_layer_that_a_blip2_checkpoint_leaves_out_cannot_be_read(tmp_path) -> None:
+    random_model(*VITS["eva"][:2]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"layer is -1.* has 3 layers \(it leaves out the last 1 .*use -4 to -2"):
+        build_vision_encoder(tmp_path, layer=-1)
 
 
 def test_bad_sources_are_named_in_one_line(tmp_path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -144,16 +144,17 @@ def build_vision_encoder(
     *,
     layer: int = -2,
     image_px: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
 ) -> VisionEncoder:
     """The image encoder of a Hugging Face folder or hub id, cut off after `layer`.
 
     Args:
         layer: whose output is read, counted as `hidden_states`: −1 the last, −2 the second-to-last (the
-            paper's), or from 1 for the first. Of a CNN the stages count, and EfficientNet's head is one more.
+            paper's), or from 1 for the first. Of a CNN the stages count, and EfficientNet's head is one more. A BLIP-2
+            checkpoint already lacks its encoder's last layer: there −2 is the last one stored.
         image_px: side of the pictures; position embeddings are interpolated (bicubic) where it is not the
             native one. None: what the checkpoint's image processor gives, else the native size.
-        dtype: of the weights and the output; None: float32, whatever the checkpoint is stored in.
+        dtype: of the weights and the output; "auto": as stored; None: float32, whatever the checkpoint is stored in.
 
     Raises:
         ConfigError: nothing there, no supported model, no such layer, or `image_px` no multiple of the patch.
@@ -165,12 +166,12 @@ def build_vision_encoder(
     with quiet_loading():
         try:
             whole = model_class.config_class.from_pretrained(source)
-            layer = _resolve_layer(layer, family.layers(whole), source)
+            layer = _resolve_layer(layer, family.layers(whole), family.layers_left_out, source)
             config = model_class.config_class.from_pretrained(source, **family.shorten(whole, layer))
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise ConfigError(f"{source}: config.json cannot be used ({one_line(error)})") from error
         body, geometry = _load(source, family, config, layer, dtype or torch.float32)
-    processor = _image_processor(source)
+    processor = read_image_processor(source)
     image_px = _native_px(processor, config) if image_px is None else image_px
     if image_px < 1 or image_px % geometry.patch_px:
         raise ConfigError(
@@ -211,15 +212,19 @@ def _model_type(source: str) -> str:
     return model_type
 
 
-def _resolve_layer(layer: int, layers: int, source: str) -> int:
-    resolved = layers + 1 + layer if layer < 0 else layer
+def _resolve_layer(layer: int, layers: int, left_out: int, source: str) -> int:
+    resolved = layers + left_out + 1 + layer if layer < 0 else layer
     if not 1 <= resolved <= layers:
-        raise ConfigError(f"layer is {layer}, but {source} has {layers} layers: use -{layers} to -1, or 1 to {layers}")
+        without = f" (it leaves out the last {left_out} that the model had)" if left_out else ""
+        raise ConfigError(
+            f"layer is {layer}, but {source} has {layers} layers{without}: "
+            f"use -{layers + left_out} to -{1 + left_out}, or 1 to {layers}"
+        )
     return resolved
 
 
 def _load(
-    source: str, family: Family, config: PretrainedConfig, layer: int, dtype: torch.dtype
+    source: str, family: Family, config: PretrainedConfig, layer: int, dtype: torch.dtype | Literal["auto"]
 ) -> tuple[TransformerBody | ConvolutionalBody, Geometry]:
     options: dict[str, Any] = {"key_mapping": family.key_mapping} if family.key_mapping else {}
     try:
@@ -248,7 +253,8 @@ def _load(
     return body, geometry
 
 
-def _image_processor(source: str) -> dict[str, Any]:
+def read_image_processor(source: str) -> dict[str, Any]:
+    """Settings of the image processor of a folder or hub id; none where there is none."""
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except OSError:

@@ -72,7 +72,8 @@ class Family:
     """How one family of Hugging Face models is cut down to what is read of it.
 
     `shorten(config, layer)` gives the settings under which only `layer` layers are built; from the model so
-    built, `take(model, config, layer)` takes the parts that run.
+    built, `take(model, config, layer)` takes the parts that run. Of the model's layers the checkpoints may lack the
+    last `layers_left_out`: they count in a layer given as −1, −2, …, and cannot be read.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Family:
     shorten: Callable[[Any, int], dict[str, Any]]
     take: Callable[[Any, Any, int], tuple[TransformerBody | ConvolutionalBody, Geometry]]
     key_mapping: dict[str, str] | None = None
+    layers_left_out: int = 0
 
 
 def _depth(config: Any) -> int:
@@ -175,8 +177,16 @@ _DINOV2 = Family(
     shorten=lambda config, layer: {"num_hidden_layers": layer, "use_mask_token": False},
     take=_take_dinov2,
 )
-# A whole BLIP-2 keeps its image encoder under a name that the encoder's own class does not know.
-_EVA = replace(_CLIP, name="eva", model="Blip2VisionModel", key_mapping={r"^(model\.)?vision_model\.": ""})
+# A whole BLIP-2 keeps its image encoder under a name that the encoder's own class does not know. Its checkpoints have
+# 39 of EVA's 40 layers, since BLIP-2 reads the second-to-last: −2 is the last that is there, and none is removed again.
+_EVA = replace(
+    _CLIP,
+    name="eva",
+    model="Blip2VisionModel",
+    layers_left_out=1,
+    key_mapping={r"^(model\.)?vision_model\.": ""},
+)
+_INSTRUCT_EVA = replace(_EVA, model="InstructBlipVisionModel")
 _RESNET = Family(
     name="resnet",
     model="ResNetModel",
@@ -212,6 +222,8 @@ FAMILIES: dict[str, Family] = {
     "dinov2": _DINOV2,
     "blip-2": _EVA,
     "blip_2_vision_model": _EVA,
+    "instructblip": _INSTRUCT_EVA,
+    "instructblip_vision_model": _INSTRUCT_EVA,
     "resnet": _RESNET,
     "convnext": _CONVNEXT,
     "efficientnet": _EFFICIENTNET,
