@@ -53,7 +53,7 @@ _SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 64,
 }
-_SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 FAMILIES: dict[str, tuple[str, dict]] = {
     "opt": ("OPTForCausalLM", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": DIM}),
@@ -85,7 +85,7 @@ def toy_transformers_model(family: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     class_name, settings = FAMILIES[family]
     model_class = getattr(transformers, class_name)
-    model = model_class(model_class.config_class(**settings, **_SPECIAL_IDS)).eval()
+    model = model_class(model_class.config_class(**settings, **SPECIAL_IDS)).eval()
     randomise(model, std=0.25)
     model.generation_config.eos_token_id = END
     return model

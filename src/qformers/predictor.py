@@ -14,16 +14,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from qformers.convert.run import open_model
 from qformers.data.images import load_image
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import evaluation_transform, transform_for
-from qformers.errors import DataError
+from qformers.errors import CheckpointError, DataError
 from qformers.evaluation.captioning import Captioner
 from qformers.evaluation.pictures import PICTURES_AT_ONCE
 from qformers.evaluation.scoring import itc_similarities, match_logits, text_features
-from qformers.models.config import GenerationSettings
+from qformers.models.config import Dtype, FrozenParts, GenerationSettings, ModelConfig
 from qformers.models.inspection import cross_attention_weights
-from qformers.models.saving import TOKENIZER_FOLDER, LoadedModel, SavedLanguage, load_model, save_model
+from qformers.models.saving import LoadedModel, SavedLanguage, save_model
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
@@ -44,18 +45,38 @@ class EncodedTexts:
     features: Float[Tensor, "texts embed_dim"]
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Predictor:
-    """The model saved in `path`: a run folder, or what `save_pretrained` wrote.
+# In these a language model can be read; in any other it is converted after.
+_DTYPES: dict[torch.dtype | None, Dtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    vision_encoder: str | None = None,
+    language_model: str | None = None,
+    text_encoder: str = ModelConfig.text_encoder,
+) -> Predictor:
+    """The model of `path`: a run folder, what `save_pretrained` wrote, Hugging Face's BLIP-2 or InstructBLIP as a
+    folder or hub id, or a .pth of the authors (docs/checkpoints.md).
 
     Args:
-        dtype: of all weights; by default the Q-Former is in float32 and the frozen encoder as it was saved.
+        dtype: of all weights; by default the Q-Former is in float32, the image encoder and the language model as they
+            were saved.
+        vision_encoder, language_model, text_encoder: folders or hub ids of what a .pth leaves out: its frozen image
+            encoder, its frozen language model, and the BERT whose tokenizer the Q-Former has.
 
     Raises:
-        CheckpointError: no such model, or damaged files.
+        CheckpointError: no such model, or damaged files. ConfigError: nothing there, or a .pth that needs more.
     """
-    loaded = load_model(path)
+    loaded = open_model(path, FrozenParts(vision_encoder, language_model, text_encoder), _DTYPES.get(dtype, "auto"))
     loaded.model.to(device, dtype)
-    return Predictor(loaded, CaptionTokenizer.from_pretrained(loaded.folder / TOKENIZER_FOLDER))
+    return Predictor(loaded)
 
 
 class Predictor:
@@ -65,12 +86,24 @@ class Predictor:
     with what does have it.
     """
 
-    def __init__(self, loaded: LoadedModel, tokenizer: CaptionTokenizer) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.model = loaded.model.eval()
-        self.tokenizer = tokenizer
         self.transform = transform_for(self.model.vision_encoder)
+        self._tokenizer: CaptionTokenizer | None = None
         self._captioner: Captioner | None = None
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        """Of the Q-Former's texts. Raises CheckpointError where the model came without one."""
+        if self._tokenizer is None:
+            if self.loaded.tokenizer is None:
+                raise CheckpointError(
+                    f"{self.loaded.folder}: has no tokenizer of the Q-Former's, so it reads no text: put one into it, "
+                    "or use a stage-1 model"
+                )
+            self._tokenizer = CaptionTokenizer.from_pretrained(self.loaded.tokenizer)
+        return self._tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -183,8 +216,10 @@ class Predictor:
         """Write safetensors, config, tokenizer and model card; `qformers.load` reads them back bit for bit."""
         language = None
         if self.loaded.language is not None:
-            language = SavedLanguage(self.loaded.language, self._speaker().tokenizer)
-        save_model(self.model, self.loaded.config, self.tokenizer, Path(folder), language)
+            speaks = self.loaded.language_tokenizer is not None
+            language = SavedLanguage(self.loaded.language, self._speaker().tokenizer if speaks else None)
+        tokenizer = None if self.loaded.tokenizer is None else self.tokenizer
+        save_model(self.model, self.loaded.config, tokenizer, Path(folder), language)
 
     def _speaker(self) -> Captioner:
         if self._captioner is None:

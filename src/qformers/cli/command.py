@@ -35,7 +35,12 @@ def recipe_options(parser: ArgumentParser) -> None:
 
 def model_option(parser: ArgumentParser) -> None:
     """Which trained model to use."""
-    parser.add_argument("--model", type=str, required=True, help="Run folder, or a model saved from one.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="Run folder, a model saved from one, or a BLIP-2 of Hugging Face's (folder or hub id).",
+    )
 
 
 def source_options(parser: ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qformers.errors import ConfigError, DataError
 
 _DEC = "[DEC]"
+_IMAGE = "<image>"
 _PUNCTUATION = re.compile(r"""[.!"()*#:;~]""")
 _MAX_WORDS = 50
 
@@ -47,8 +48,9 @@ class CaptionTokenizer:
                 "for example google-bert/bert-base-uncased"
             )
         tokenizer.add_special_tokens({"bos_token": _DEC})
-        self.vocab_size = len(tokenizer)
         vocabulary: dict[str, int] = tokenizer.get_vocab()
+        # Hugging Face's processors add a token that stands for the picture. No text holds it, and no embedding is its.
+        self.vocab_size = len(vocabulary) - (_IMAGE in vocabulary)
         self.cls_id, self.sep_id, self.pad_id = (vocabulary[token] for token in specials)
         self.dec_id = vocabulary[_DEC]
         if self.dec_id != self.vocab_size - 1:

@@ -10,38 +10,64 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qformers.convert.run import open_model
 from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset
 from qformers.data.language_text import LanguageTokenizer
 from qformers.data.sources import open_source
+from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
-from qformers.errors import ConfigError, DataError
+from qformers.errors import CheckpointError, ConfigError, DataError
 from qformers.evaluation.caption_metrics import by_domain, caption_metrics
 from qformers.evaluation.caption_sources import read_domains
 from qformers.evaluation.pictures import patch_batches
 from qformers.models.config import GenerationSettings
-from qformers.models.saving import LANGUAGE_TOKENIZER_FOLDER, LoadedModel, load_model
+from qformers.models.saving import LoadedModel
 from qformers.models.stage2 import Stage2Model
+
+# Position embeddings of a BERT.
+MAX_INSTRUCTION_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """A stage-2 model with its language model's tokenizer: patch embeddings and prompts in, text out."""
+    """A stage-2 model with its language model's tokenizer: patch embeddings and prompts in, text out.
+
+    `instructions` is the tokenizer of a Q-Former that reads the prompt too (InstructBLIP); None: it does not.
+    """
 
     model: Stage2Model
     tokenizer: LanguageTokenizer
+    instructions: CaptionTokenizer | None
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Captioner:
-        """The captioner of a saved model. Raises CheckpointError if it is of stage 1."""
+        """The captioner of a saved model. Raises CheckpointError if it is of stage 1 or lacks a tokenizer."""
         model, language = loaded.stage2()
+        if loaded.language_tokenizer is None or (model.reads_instructions and loaded.tokenizer is None):
+            raise CheckpointError(
+                f"{loaded.folder}: lacks a tokenizer: put the language model's files beside the weights"
+            )
+        instructions = None
+        if model.reads_instructions and loaded.tokenizer is not None:
+            instructions = CaptionTokenizer.from_pretrained(loaded.tokenizer, MAX_INSTRUCTION_TOKENS, "error")
         tokenizer = LanguageTokenizer.from_pretrained(
-            loaded.folder / LANGUAGE_TOKENIZER_FOLDER,
+            loaded.language_tokenizer,
             is_encoder_decoder=model.language_model.is_encoder_decoder,
             prompt=language.prompt,
             end_token=language.end_token,
         )
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, instructions)
+
+    def visual_prompts(
+        self, patch_embeds: Float[Tensor, "images patches vision_dim"], prompts: Sequence[str]
+    ) -> Float[Tensor, "images queries llm_dim"]:
+        """The model's, of pictures and, where the Q-Former reads them, of the prompts."""
+        if self.instructions is None:
+            return self.model.visual_prompts(patch_embeds)
+        input_ids, attention_mask = self.instructions.encode(list(prompts))
+        device = patch_embeds.device
+        return self.model.visual_prompts(patch_embeds, (input_ids.to(device), attention_mask.to(device)))
 
     def prompts(self, prompt: str | Sequence[str] | None, pictures: int) -> list[str]:
         """One prompt for each of so many pictures: the given one, or each its own; None: the trained one.
@@ -71,7 +97,7 @@ class Captioner:
         device = patch_embeds.device
         input_ids, attention_mask = self.tokenizer.encode_prompts(list(prompts))
         ids = self.model.language_model.generate(
-            self.model.visual_prompts(patch_embeds), input_ids.to(device), attention_mask.to(device), settings
+            self.visual_prompts(patch_embeds, prompts), input_ids.to(device), attention_mask.to(device), settings
         )
         return self.tokenizer.decode(ids)
 
@@ -92,9 +118,9 @@ class Captioner:
         def generate() -> None:
             try:
                 with torch.inference_mode():
-                    prompts = self.model.visual_prompts(patch_embeds)
+                    visual = self.visual_prompts(patch_embeds, [prompt])
                     self.model.language_model.generate(
-                        prompts, input_ids.to(device), attention_mask.to(device), settings, streamer
+                        visual, input_ids.to(device), attention_mask.to(device), settings, streamer
                     )
             except BaseException as error:  # handed to whoever reads the pieces
                 failed.append(error)
@@ -137,7 +163,7 @@ def evaluate_captioning(
     """
     if settings.num_return_sequences > 1:
         raise ConfigError(f"num_return_sequences is {settings.num_return_sequences}: one caption a picture is scored")
-    loaded = load_model(model_path)
+    loaded = open_model(model_path)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     captioner = Captioner.of(loaded)
     transform = transform_for(loaded.model.vision_encoder)

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qformers.convert.run import open_model
 from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
-from qformers.errors import DataError
+from qformers.errors import CheckpointError, DataError
 from qformers.evaluation.pictures import PICTURES_AT_ONCE, patch_batches
 from qformers.evaluation.retrieval import RerankedSimilarities, rerank_similarities, retrieval_metrics
 from qformers.evaluation.scoring import image_features, itc_similarities, match_logits, text_features
-from qformers.models.saving import TOKENIZER_FOLDER, load_model, model_folder
 from qformers.models.stage1 import Stage1Model
 
 
@@ -51,9 +51,12 @@ def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -
     Raises:
         CheckpointError: no model there. DataError: as `score_retrieval`.
     """
-    model = load_model(model_path).stage1()
+    loaded = open_model(model_path)
+    model = loaded.stage1()
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"{model_path}: has no tokenizer: put a BERT's files beside the weights")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = CaptionTokenizer.from_pretrained(model_folder(model_path) / TOKENIZER_FOLDER)
+    tokenizer = CaptionTokenizer.from_pretrained(loaded.tokenizer)
     dataset = CaptionDataset(open_source(source), tokenizer, transform_for(model.vision_encoder), train=False)
     scores = score_retrieval(model, dataset, rerank)
     counts = {"images": float(scores.itc.shape[0]), "texts": float(scores.itc.shape[1])}

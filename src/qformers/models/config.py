@@ -7,7 +7,8 @@ from typing import Literal
 
 from qformers.errors import ConfigError
 
-PresetName = Literal["blip2", "small", "tiny"]
+PresetName = Literal["blip2", "small", "tiny", "other"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class ModelConfig:
     vision_layer: int = -2
     """Which layer's output to read; later ones are not built. The paper takes the second-to-last."""
     preset: PresetName = "blip2"
-    """Shape of the Q-Former: blip2 (BERT-base), small (MiniLM: 6 layers, 384 wide), tiny (tests)."""
+    """Shape of the Q-Former: blip2 (BERT-base), small (MiniLM: 6 layers, 384 wide), tiny (tests); other: that of a
+    checkpoint that was read from another format, which no recipe can build."""
     text_encoder: str = "bert-base-uncased"
     """Folder or hub id of the BERT that gives the tokenizer and, with `start_from_text_encoder`, weights."""
     start_from_text_encoder: bool = True
@@ -49,7 +51,7 @@ class LanguageConfig:
 
     path: str | None = None
     """Folder or hub id: decoder-only (OPT, Llama, Qwen, Gemma, GPT-2, …) or encoder-decoder (T5, BART)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of its frozen weights; auto: as they are stored."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the language model, and only it, in 8 or 4 bits (needs bitsandbytes)."""
@@ -60,6 +62,19 @@ class LanguageConfig:
     the decoder says the whole caption, as fine-tuning needs."""
     end_token: str | None = None
     """What ends a caption; default: the tokenizer's own. The authors end OPT's with a line break."""
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What a checkpoint of LAVIS leaves out: the frozen models that it was trained with."""
+
+    vision_encoder: str | None = None
+    """Of a LAVIS .pth, folder or hub id of its frozen image encoder: CLIP ViT-L/14, or for ViT-g any BLIP-2 of Hugging
+    Face's, whose image encoder alone is taken."""
+    language_model: str | None = None
+    """Of a LAVIS .pth of stage 2, folder or hub id of its frozen language model."""
+    text_encoder: str = ModelConfig.text_encoder
+    """Of a LAVIS .pth, folder or hub id of the BERT whose tokenizer and number of heads its Q-Former has."""
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,13 @@ def _padded_left(
     return embeds[rows, source], mask[rows, source]
 
 
-def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> LanguageModel:
+def build_language_model(
+    config: LanguageConfig, end_id: int, pad_id: int, part_of_blip2: PretrainedConfig | None = None
+) -> LanguageModel:
     """The language model of a folder or hub id, frozen; decoder-only or encoder-decoder, as its config says.
+
+    Args:
+        part_of_blip2: the language model's own config, where the folder holds a whole BLIP-2.
 
     Raises:
         ConfigError: nothing there, no language model that generates, or one that takes no visual prompts.
@@ -211,13 +216,15 @@ def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> La
     """
     assert config.path is not None, "the caller fills in where the language model is"
     source = config.path
-    described = _described(source)
+    described = part_of_blip2 or _described(source)
     if described.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
         described.is_encoder_decoder or getattr(described, "is_decoder", False)
     ):
         raise ConfigError(f"{source}: {described.model_type} fills gaps and does not go on from a text: choose another")
     auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
+    if part_of_blip2 is not None:
+        options |= {"config": part_of_blip2, "key_mapping": {r"^language_model\.": ""}}
     if config.quantization != "none":
         options["quantization_config"] = _quantization(config.quantization)
     try:
@@ -228,6 +235,9 @@ def build_language_model(config: LanguageConfig, end_id: int, pad_id: int) -> La
         raise ConfigError(f"{source}: {described.model_type} cannot be used ({one_line(error)})") from error
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{source}: the weights cannot be read ({one_line(error)}): fetch them again") from error
+    if part_of_blip2 is not None:
+        # Otherwise save_pretrained would put the name of the whole back in front of every weight.
+        model._weight_conversions = None
     if absent := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"{source}: {len(absent)} of the weights are missing, first {absent[0]}: not a whole {described.model_type}"

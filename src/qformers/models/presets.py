@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,10 +12,10 @@ from torch import nn
 from qformers.errors import ConfigError
 from qformers.models.attention import CrossAttention, SelfAttention
 from qformers.models.bert import load_bert_weights
-from qformers.models.config import ModelConfig
+from qformers.models.config import ModelConfig, PresetName
 from qformers.models.freezing import freeze
 from qformers.models.language import LanguageModel
-from qformers.models.qformer import Block, FeedForward, QFormer, TextEmbeddings
+from qformers.models.qformer import Block, FeedForward, NoText, QFormer, TextEmbeddings
 from qformers.models.stage1 import Stage1Model, TokenHead
 from qformers.models.stage2 import Stage2Model
 from qformers.models.vision import VisionEncoder
@@ -30,7 +30,7 @@ class QFormerShape:
     """Sizes of one Q-Former.
 
     `initial_std` is of fresh linear and embedding weights: BERT's 0.02 suits 768 wide; at half the width less of the
-    image would reach the queries through the fresh cross-attention.
+    image would reach the queries through the fresh cross-attention. Without `has_text` there is no text branch.
     """
 
     layers: int
@@ -39,13 +39,44 @@ class QFormerShape:
     ffn_dim: int
     max_positions: int = 512
     initial_std: float = 0.02
+    has_text: bool = True
 
 
-PRESETS = {
+PRESETS: dict[PresetName, QFormerShape] = {
     "blip2": QFormerShape(layers=12, dim=768, heads=12, ffn_dim=3072),
     "small": QFormerShape(layers=6, dim=384, heads=12, ffn_dim=1536, initial_std=0.05),
     "tiny": QFormerShape(layers=2, dim=32, heads=4, ffn_dim=64),
 }
+
+
+def preset_shape(name: PresetName) -> QFormerShape:
+    """The sizes of a preset. Raises ConfigError for `other`, which only a checkpoint can fill in."""
+    if name not in PRESETS:
+        raise ConfigError(f"model.preset is {name}, which has no sizes of its own: choose {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_of(shape: QFormerShape) -> PresetName:
+    """The preset with these sizes, with or without a text branch; `other` if there is none."""
+    for name, preset in PRESETS.items():
+        if replace(shape, has_text=True, initial_std=preset.initial_std) == preset:
+            return name
+    return "other"
+
+
+def shape_of(qformer: QFormer) -> QFormerShape:
+    """The sizes of a built Q-Former."""
+    blocks = [block for block in qformer.blocks if isinstance(block, Block)]
+    words = qformer.text_embeddings
+    has_text = isinstance(words, TextEmbeddings)
+    return QFormerShape(
+        layers=len(blocks),
+        dim=qformer.query_tokens.shape[1],
+        heads=blocks[0].self_attention.heads,
+        ffn_dim=blocks[0].query_ffn.up.out_features,
+        max_positions=words.position.num_embeddings if has_text else QFormerShape.max_positions,
+        has_text=has_text,
+    )
 
 
 def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, vocab_size: int) -> QFormer:
@@ -61,7 +92,7 @@ def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, voc
             if number % config.cross_attention_frequency == 0
             else None,
             query_ffn=FeedForward(shape.dim, shape.ffn_dim),
-            text_ffn=FeedForward(shape.dim, shape.ffn_dim),
+            text_ffn=FeedForward(shape.dim, shape.ffn_dim) if shape.has_text else NoText(),
             dim=shape.dim,
             dropout=config.dropout,
         )
@@ -69,26 +100,29 @@ def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, voc
     ]
     qformer = QFormer(
         query_tokens=nn.Parameter(torch.empty(config.num_queries, shape.dim)),
-        text_embeddings=TextEmbeddings(vocab_size, shape.max_positions, shape.dim),
+        text_embeddings=TextEmbeddings(vocab_size, shape.max_positions, shape.dim) if shape.has_text else NoText(),
         blocks=nn.ModuleList(blocks),
         dropout=config.dropout,
     )
     # Hugging Face leaves fresh query tokens at zero: then all queries stay identical for ever.
     nn.init.normal_(qformer.query_tokens, std=QUERY_STD)
-    qformer.apply(partial(_initialise, std=shape.initial_std))
+    qformer.apply(partial(initialise, std=shape.initial_std))
     return qformer
 
 
-def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEncoder) -> Stage1Model:
+def build_stage1(
+    config: ModelConfig, vocab_size: int, vision_encoder: VisionEncoder, shape: QFormerShape | None = None
+) -> Stage1Model:
     """The stage-1 model of `config`, its image encoder frozen unless `config` says otherwise.
 
     Args:
         vocab_size: BERT's vocabulary plus one; the last id is [DEC].
+        shape: of a Q-Former that is read from a checkpoint; None: the preset's.
 
     Raises:
         ConfigError: impossible sizes. CheckpointError: `text_encoder` has another shape than the preset.
     """
-    shape = PRESETS[config.preset]
+    shape = shape or preset_shape(config.preset)
     qformer = build_qformer(config, shape, vision_encoder.dim, vocab_size)
     model = Stage1Model(
         vision_encoder=vision_encoder,
@@ -102,7 +136,7 @@ def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEnc
         dec_id=vocab_size - 1,
     )
     for part in (model.vision_projection, model.text_projection, model.itm_head, model.itg_head):
-        part.apply(partial(_initialise, std=shape.initial_std))
+        part.apply(partial(initialise, std=shape.initial_std))
     if config.start_from_text_encoder:
         load_bert_weights(model, config.text_encoder)
     _prepare_encoder(vision_encoder, config)
@@ -110,27 +144,39 @@ def build_stage1(config: ModelConfig, vocab_size: int, vision_encoder: VisionEnc
 
 
 def build_stage2(
-    config: ModelConfig, vocab_size: int, vision_encoder: VisionEncoder, language_model: LanguageModel
+    config: ModelConfig,
+    vocab_size: int,
+    vision_encoder: VisionEncoder,
+    language_model: LanguageModel,
+    shape: QFormerShape | None = None,
+    reads_instructions: bool = False,
 ) -> Stage2Model:
     """The stage-2 model of `config`, all random but its two frozen models: `saving.start_from` fills the rest.
 
     The projection starts so that visual prompts are as large as word embeddings; the paper does not say.
 
+    Args:
+        shape: as for `build_stage1`. reads_instructions: as for `Stage2Model`.
+
     Raises:
         ConfigError: impossible sizes.
     """
-    shape = PRESETS[config.preset]
+    shape = shape or preset_shape(config.preset)
     model = Stage2Model(
         vision_encoder=vision_encoder,
         vision_norm=nn.LayerNorm(vision_encoder.dim, eps=VISION_NORM_EPS),
         qformer=build_qformer(config, shape, vision_encoder.dim, vocab_size),
         language_projection=nn.Linear(shape.dim, language_model.dim),
         language_model=language_model,
+        reads_instructions=reads_instructions,
     )
     # A query output comes from a LayerNorm: its entries are of size 1, so a product of `dim` of them grows by √dim.
-    _initialise(model.language_projection, std=language_model.embedding_rms() / math.sqrt(shape.dim))
-    for part in model.text_branch():
-        freeze(part, "text_branch")
+    # On the meta device there is nothing to measure and nothing to fill.
+    rms = 1.0 if model.language_projection.weight.is_meta else language_model.embedding_rms()
+    initialise(model.language_projection, std=rms / math.sqrt(shape.dim))
+    if shape.has_text and not reads_instructions:
+        for part in model.text_branch():
+            freeze(part, "text_branch")
     _prepare_encoder(vision_encoder, config)
     return model
 
@@ -142,7 +188,8 @@ def _prepare_encoder(vision_encoder: VisionEncoder, config: ModelConfig) -> None
         vision_encoder.checkpoint_layers()
 
 
-def _initialise(module: nn.Module, std: float) -> None:
+def initialise(module: nn.Module, std: float) -> None:
+    """Fresh weights of one layer: linear and embedding weights N(0, `std`), biases 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):

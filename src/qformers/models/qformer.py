@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from qformers.errors import CheckpointError
 from qformers.models.attention import CrossAttention, ImageMemory, SelfAttention
 
 BERT_NORM_EPS = 1e-12
@@ -31,6 +32,22 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(hidden)))
 
 
+class NoText(nn.Module):
+    """Stands in every place of the text branch of a Q-Former that has none (BLIP-2's stage 2 in Hugging Face's format).
+
+    It has no weights, lets the empty text of `QFormer.no_text` through, and refuses any other.
+    """
+
+    vocab_size = 0
+
+    def forward(self, text: Tensor) -> Tensor:
+        if text.shape[1]:
+            raise CheckpointError(
+                "this Q-Former has no text branch: texts can be read by a stage-1 model, or by InstructBLIP's"
+            )
+        return text
+
+
 class Block(nn.Module):
     """Self-attention → (queries only) cross-attention → separate feed-forwards, a LayerNorm after each."""
 
@@ -39,7 +56,7 @@ class Block(nn.Module):
         self_attention: SelfAttention,
         cross_attention: CrossAttention | None,
         query_ffn: FeedForward,
-        text_ffn: FeedForward,
+        text_ffn: FeedForward | NoText,
         dim: int,
         dropout: float,
     ) -> None:
@@ -51,7 +68,8 @@ class Block(nn.Module):
         self.query_ffn = query_ffn
         self.query_ffn_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS)
         self.text_ffn = text_ffn
-        self.text_ffn_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS)
+        has_text = isinstance(text_ffn, FeedForward)
+        self.text_ffn_norm = nn.LayerNorm(dim, eps=BERT_NORM_EPS) if has_text else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -88,6 +106,10 @@ class TextEmbeddings(nn.Module):
         self.word = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_positions, dim)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.word.num_embeddings
+
     def forward(self, input_ids: Int[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens dim"]:
         return self.word(input_ids) + self.position.weight[: input_ids.shape[1]]
 
@@ -98,7 +120,7 @@ class QFormer(nn.Module):
     def __init__(
         self,
         query_tokens: nn.Parameter,
-        text_embeddings: TextEmbeddings,
+        text_embeddings: TextEmbeddings | NoText,
         blocks: nn.ModuleList,
         dropout: float,
     ) -> None:
@@ -112,6 +134,11 @@ class QFormer(nn.Module):
     @property
     def num_queries(self) -> int:
         return self.query_tokens.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that the text branch knows, [DEC] included; 0 without a text branch."""
+        return self.text_embeddings.vocab_size
 
     def queries(self, rows: int) -> Float[Tensor, "rows queries dim"]:
         """The learned queries, the same for every row (a view, not a copy)."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qformers.models.attention import ImageMemory
+from qformers.models.masks import bidirectional_mask
 from qformers.models.qformer import QFormer
 from qformers.models.vision import VisionEncoder
 
@@ -48,6 +51,25 @@ class ImageReader(nn.Module):
         """Query outputs Z of images alone."""
         queries = self.qformer.queries(memory.rows)
         query_outputs, _ = self.qformer(queries, self.qformer.no_text(memory.rows), None, [memory])
+        return query_outputs
+
+    def query_with_text(
+        self,
+        memories: Sequence[ImageMemory],
+        input_ids: Int[Tensor, "rows tokens"],
+        attention_mask: Bool[Tensor, "rows tokens"],
+    ) -> Float[Tensor, "rows queries dim"]:
+        """Query outputs of images while the queries read a text: ITM's pass, and InstructBLIP's.
+
+        `memories` serve the rows in order; queries and text see all of each other.
+        """
+        query_outputs, _ = self.qformer(
+            self.qformer.queries(input_ids.shape[0]),
+            self.qformer.text_embeddings(input_ids),
+            bidirectional_mask(self.qformer.num_queries, attention_mask),
+            memories,
+            text_reads=torch.zeros(0, dtype=torch.long, device=input_ids.device),
+        )
         return query_outputs
 
 

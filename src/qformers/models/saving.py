@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qformers.errors import CheckpointError, ConfigError
-from qformers.models.config import LanguageConfig, ModelConfig
-from qformers.models.language import build_language_model
-from qformers.models.presets import build_stage1, build_stage2
+from qformers.models.card import model_card
+from qformers.models.config import Dtype, LanguageConfig, ModelConfig
+from qformers.models.language import LanguageModel, build_language_model
+from qformers.models.presets import VISION_NORM_EPS, QFormerShape, build_stage1, build_stage2, preset_shape, shape_of
 from qformers.models.stage1 import Stage1Model
 from qformers.models.stage2 import Stage2Model
+from qformers.models.tensors import WEIGHTS_FILE, Tensors, open_tensors
 from qformers.models.vision import VisionEncoder, quiet_loading
 from qformers.version import __version__
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
 CARD_FILE = "README.md"
 FORMATS = {1: "qformers-stage1", 2: "qformers-stage2"}
@@ -47,17 +48,22 @@ class SavedLanguage:
     """What a stage-2 model's folder says of its language model beside the weights."""
 
     config: LanguageConfig
-    tokenizer: SavesItself
+    tokenizer: SavesItself | None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model read back, in eval mode on the CPU, the config it was built from, and its folder."""
+    """A model read back, in eval mode on the CPU, the config it was built from, and what it was read from.
+
+    `tokenizer` (of the Q-Former's text branch) and `language_tokenizer` are folders; None where the source has none.
+    """
 
     model: Stage1Model | Stage2Model
     config: ModelConfig
     language: LanguageConfig | None
     folder: Path
+    tokenizer: Path | None
+    language_tokenizer: Path | None
 
     def stage1(self) -> Stage1Model:
         """The model, if it is of stage 1. Raises CheckpointError otherwise."""
@@ -80,7 +86,7 @@ class LoadedModel:
 def save_model(
     model: Stage1Model | Stage2Model,
     config: ModelConfig,
-    tokenizer: SavesItself,
+    tokenizer: SavesItself | None,
     folder: Path,
     language: SavedLanguage | None = None,
 ) -> None:
@@ -99,24 +105,15 @@ def save_model(
             if not name.startswith(LANGUAGE_PREFIX)
         }
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
-        description = {
-            "format": FORMATS[1],
-            "qformers_version": __version__,
-            "model": asdict(config),
-            "vocab_size": model.qformer.text_embeddings.word.num_embeddings,
-            "vision": model.vision_encoder.describe(),
-        }
+        spoken = None if language is None else language.config
         if isinstance(model, Stage2Model):
-            assert language is not None, "a stage-2 model is saved with its language model"
-            spoken = model.language_model
-            described = asdict(language.config) | {"end_id": spoken.end_id, "pad_id": spoken.pad_id}
-            description |= {"format": FORMATS[2], "language": described}
             with quiet_loading():
-                spoken.model.save_pretrained(unfinished / LANGUAGE_FOLDER)
+                model.language_model.model.save_pretrained(unfinished / LANGUAGE_FOLDER)
+        if language is not None and language.tokenizer is not None:
             language.tokenizer.save(unfinished / LANGUAGE_TOKENIZER_FOLDER)
-        (unfinished / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(unfinished / TOKENIZER_FOLDER)
-        (unfinished / CARD_FILE).write_text(model_card(model, config, language), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(unfinished / TOKENIZER_FOLDER)
+        write_description(unfinished, describe_model(model, config, spoken), model_card(model, config, spoken))
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
@@ -125,35 +122,110 @@ def save_model(
         raise CheckpointError(f"{folder}: the model could not be saved ({error}): free some space") from error
 
 
-def load_model(folder: str | Path) -> LoadedModel:
+def load_model(folder: str | Path, dtype: Dtype = "auto") -> LoadedModel:
     """The model that `save_model` wrote, of either stage.
+
+    Args:
+        dtype: of the language model's weights, as in `LanguageConfig`.
 
     Raises:
         CheckpointError: no such folder, damaged files, or weights of another shape than config.json says.
     """
     folder = model_folder(folder)
     description = read_description(folder)
-    language = None
+    speaker = None
+    if (settings := description.get("language")) is not None:
+        # Already quantised weights say so themselves.
+        stored = LanguageConfig(path=str(folder / LANGUAGE_FOLDER), dtype=dtype)
+        speaker = build_language_model(stored, settings["end_id"], settings["pad_id"])
+    return load_described(description, open_tensors(folder), speaker, folder, *tokenizer_folders(folder))
+
+
+def tokenizer_folders(folder: Path) -> tuple[Path | None, Path | None]:
+    """Those of the Q-Former's and of the language model's tokenizer in a saved model, where it has them."""
+    inside = (folder / TOKENIZER_FOLDER, folder / LANGUAGE_TOKENIZER_FOLDER)
+    return inside[0] if inside[0].is_dir() else None, inside[1] if inside[1].is_dir() else None
+
+
+def load_described(
+    description: dict[str, Any],
+    tensors: Tensors,
+    speaker: LanguageModel | None,
+    source: Path,
+    tokenizer: Path | None,
+    language_tokenizer: Path | None,
+) -> LoadedModel:
+    """The model that `description` says, filled with `tensors`, around `speaker`.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape than the description says.
+    """
     try:
-        config = ModelConfig(**description["model"])
-        encoder = VisionEncoder.from_description(description["vision"])
-        # The weights come from the file: nothing is fetched from where training started.
-        unstarted = replace(config, start_from_text_encoder=False)
-        if description["format"] == FORMATS[1]:
-            model = build_stage1(unstarted, description["vocab_size"], encoder)
-        else:
-            settings = dict(description["language"])
-            end_id, pad_id = settings.pop("end_id"), settings.pop("pad_id")
-            language = LanguageConfig(**settings)
-            # Already quantised weights say so themselves.
-            stored = LanguageConfig(path=str(folder / LANGUAGE_FOLDER))
-            model = build_stage2(
-                unstarted, description["vocab_size"], encoder, build_language_model(stored, end_id, pad_id)
-            )
+        model = build_described(description, speaker)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: written by another version ({error})") from error
-    _fill(model, folder / WEIGHTS_FILE)
-    return LoadedModel(model.eval(), config, language, folder)
+        raise CheckpointError(f"{source / CONFIG_FILE}: written by another version ({error})") from error
+    _fill(model, tensors, source)
+    return LoadedModel(
+        model.eval(),
+        ModelConfig(**description["model"]),
+        language_config(description),
+        source,
+        tokenizer,
+        language_tokenizer,
+    )
+
+
+def describe_model(
+    model: Stage1Model | Stage2Model, config: ModelConfig, language: LanguageConfig | None
+) -> dict[str, Any]:
+    """All but the weights, as plain JSON values: config.json of a saved model. `build_described` is the inverse."""
+    shape = asdict(shape_of(model.qformer))
+    del shape["initial_std"]  # of fresh weights; these are not
+    description = {
+        "format": FORMATS[1],
+        "qformers_version": __version__,
+        "model": asdict(config),
+        "qformer": shape,
+        "vocab_size": model.qformer.vocab_size,
+        "vision": model.vision_encoder.describe(),
+        "vision_norm_eps": model.vision_norm.eps,
+    }
+    if isinstance(model, Stage2Model):
+        assert language is not None, "a stage-2 model is saved with its language model"
+        ids = {"end_id": model.language_model.end_id, "pad_id": model.language_model.pad_id}
+        described = asdict(language) | ids | {"reads_instructions": model.reads_instructions}
+        description |= {"format": FORMATS[2], "language": described}
+    return description
+
+
+def build_described(description: dict[str, Any], speaker: LanguageModel | None) -> Stage1Model | Stage2Model:
+    """The model that `describe_model` describes, its weights random; `speaker` is a stage-2 model's language model."""
+    config = ModelConfig(**description["model"])
+    encoder = VisionEncoder.from_description(description["vision"])
+    # The weights come from the file: nothing is fetched from where training started.
+    unstarted = replace(config, start_from_text_encoder=False)
+    # Models of the first versions are all of a preset.
+    shape = QFormerShape(**description["qformer"]) if "qformer" in description else preset_shape(config.preset)
+    if speaker is None:
+        model = build_stage1(unstarted, description["vocab_size"], encoder, shape)
+    else:
+        instructed = description["language"].get("reads_instructions", False)
+        model = build_stage2(unstarted, description["vocab_size"], encoder, speaker, shape, instructed)
+    model.vision_norm.eps = description.get("vision_norm_eps", VISION_NORM_EPS)
+    return model
+
+
+def language_config(description: dict[str, Any]) -> LanguageConfig | None:
+    """The language model's settings of a description; None for stage 1."""
+    if (settings := description.get("language")) is None:
+        return None
+    return LanguageConfig(**{field.name: settings[field.name] for field in fields(LanguageConfig)})
+
+
+def write_description(folder: Path, description: dict[str, Any], card: str) -> None:
+    """config.json and the model card of a saved model."""
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def start_from(model: Stage2Model, folder: str | Path) -> None:
@@ -165,32 +237,46 @@ def start_from(model: Stage2Model, folder: str | Path) -> None:
         CheckpointError: no such model, or one with another image encoder or Q-Former; names what does not fit.
     """
     folder = model_folder(folder)
-    read_description(folder)
-    state = _read(folder / WEIGHTS_FILE)
+    description = read_description(folder)
+    state = open_tensors(folder)
+    stored = state.described
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}
     for name, tensor in ours.items():
         needed = not name.startswith("language_projection.")
-        if name not in state and needed:
+        if name not in stored and needed:
             raise CheckpointError(f"{folder}: lacks {name}, so its image encoder or Q-Former is not the recipe's")
-        if name in state and state[name].shape != tensor.shape and needed:
+        if name in stored and stored[name].shape != tensor.shape and needed:
             raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(state[name].shape)}, the recipe's model {tuple(tensor.shape)}: "
+                f"{folder}: {name} has shape {tuple(stored[name].shape)}, the recipe's model {tuple(tensor.shape)}: "
                 "set `model` as that run's config.yaml has it"
             )
     leftover = [
-        name for name in state if name.startswith(("vision_encoder.", "vision_norm.", "qformer.")) and name not in ours
+        name for name in stored if name.startswith(("vision_encoder.", "vision_norm.", "qformer.")) and name not in ours
     ]
     if leftover:
         raise CheckpointError(
             f"{folder}: {len(leftover)} of its weights have no place in the recipe's model, first {min(leftover)}: "
             "set `model` as that run's config.yaml has it"
         )
-    if any(name in state and state[name].shape != tensor.shape for name, tensor in ours.items()):
+    if any(name in stored and stored[name].shape != tensor.shape for name, tensor in ours.items()):
         logger.warning("%s: its projection is of another language model's width and starts afresh", folder)
     with torch.no_grad():
         for name, tensor in ours.items():
-            if name in state and state[name].shape == tensor.shape:
-                tensor.copy_(state[name])
+            if name in stored and stored[name].shape == tensor.shape:
+                tensor.copy_(state.read(name))
+    model.vision_norm.eps = description.get("vision_norm_eps", VISION_NORM_EPS)
+
+
+def started_shape(folder: str | Path, shape: QFormerShape) -> QFormerShape:
+    """`shape` without a text branch, where the model that training goes on from has none.
+
+    Raises:
+        CheckpointError: no model there. ConfigError: InstructBLIP, whose Q-Former would go on without instructions.
+    """
+    description = read_description(model_folder(folder))
+    if description.get("language", {}).get("reads_instructions"):
+        raise ConfigError(f"{folder}: its Q-Former reads instructions (InstructBLIP), which training does not show it")
+    return replace(shape, has_text=description.get("qformer", {}).get("has_text", True))
 
 
 def started_language(folder: str | Path, language: LanguageConfig) -> tuple[LanguageConfig, Path | None]:
@@ -238,61 +324,21 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def model_card(model: Stage1Model | Stage2Model, config: ModelConfig, language: SavedLanguage | None) -> str:
-    """What a stranger needs to know of the folder, from the model itself."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
-    encoder = model.vision_encoder
-    if isinstance(model, Stage2Model):
-        assert language is not None
-        stage, can = 2, "captions through a frozen language model"
-        name, prompt = Path(language.config.path or "").name, language.config.prompt
-        spoken = sum(parameter.numel() for parameter in model.language_model.parameters())
-        speaks = f"- Language model: `{name}`, frozen, {spoken:,} parameters, prompt {prompt!r}.\n"
-        example = 'model.caption(["picture.jpg"])'
-    else:
-        stage, can = 1, "ITC similarity, ITM match score, ITG captions"
-        speaks = "- No language model.\n"
-        example = 'model.itc(["picture.jpg"], ["a poodle", "a canoe"])'
-    return f"""# A Q-Former, stage {stage}
-
-Image-text model of the BLIP-2 kind (arXiv 2301.12597): {can}.
-
-- Image encoder: `{Path(config.vision_encoder).name}`, layer {encoder.layer}, {encoder.image_px} px,
-  {"trained" if config.train_vision_encoder else "frozen"}, {frozen:,} parameters.
-- Q-Former: preset `{config.preset}`, {config.num_queries} queries; {trained:,} trained parameters in all.
-- Text: started from `{Path(config.text_encoder).name}`.
-{speaks}
-```python
-import qformers
-
-model = qformers.load("this/folder")
-{example}
-```
-
-The run folder that it came from keeps the resolved settings (`config.yaml`) and `metrics.jsonl`.
-"""
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: copy the whole folder again")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}): copy it again") from error
-
-
-def _fill(model: Stage1Model | Stage2Model, path: Path) -> None:
-    state = _read(path)
+def _fill(model: Stage1Model | Stage2Model, tensors: Tensors, source: Path) -> None:
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}
-    if absent := ours.keys() ^ state.keys():
-        raise CheckpointError(f"{path}: does not fit its config.json ({len(absent)} tensors such as {min(absent)})")
-    for name, tensor in state.items():
-        if tensor.shape != ours[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(ours[name].shape)}"
-            )
+    check_fit(tensors, ours, f"{source}: its weights")
     with torch.no_grad():
         for name, tensor in ours.items():
-            tensor.copy_(state[name])
+            tensor.copy_(tensors.read(name))
+
+
+def check_fit(tensors: Tensors, needed: dict[str, Tensor], what: str) -> None:
+    """Raise CheckpointError unless `tensors` has the names and shapes of `needed` and no others."""
+    if absent := tensors.described.keys() ^ needed.keys():
+        raise CheckpointError(f"{what} do not fit its config.json ({len(absent)} tensors such as {min(absent)})")
+    for name, tensor in tensors.described.items():
+        if tensor.shape != needed[name].shape:
+            raise CheckpointError(
+                f"{what} do not fit: {name} has shape {tuple(tensor.shape)}, config.json says "
+                f"{tuple(needed[name].shape)}"
+            )

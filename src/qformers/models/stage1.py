@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qformers.models.attention import ImageMemory
-from qformers.models.masks import bidirectional_mask, causal_mask, packed_mask, unimodal_mask
-from qformers.models.qformer import BERT_NORM_EPS, QFormer
+from qformers.models.masks import causal_mask, packed_mask, unimodal_mask
+from qformers.models.qformer import BERT_NORM_EPS, QFormer, TextEmbeddings
 from qformers.models.reader import ImageReader, at_least_fp32
 from qformers.models.vision import VisionEncoder
 
@@ -130,14 +130,7 @@ class Stage1Model(ImageReader):
         attention_mask: Bool[Tensor, "pairs tokens"],
     ) -> Float[Tensor, "pairs 2"]:
         """ITM logits (index 1 = match), averaged over the queries; `memories` serve the pairs in order."""
-        pairs = input_ids.shape[0]
-        query_outputs, _ = self.qformer(
-            self.qformer.queries(pairs),
-            self.qformer.text_embeddings(input_ids),
-            bidirectional_mask(self.qformer.num_queries, attention_mask),
-            memories,
-            text_reads=torch.zeros(0, dtype=torch.long, device=input_ids.device),
-        )
+        query_outputs = self.query_with_text(memories, input_ids, attention_mask)
         # The head is linear, so the mean may come first; averaging the logits would be the same number.
         return at_least_fp32(self.itm_head(query_outputs.mean(dim=1)))
 
@@ -160,7 +153,9 @@ class Stage1Model(ImageReader):
 
     def token_logits(self, hidden: Float[Tensor, "labelled dim"]) -> Float[Tensor, "labelled vocabulary"]:
         """Vocabulary logits of chosen positions, so that the head runs only where there is a label."""
-        return at_least_fp32(self.itg_head(hidden, self.qformer.text_embeddings.word.weight))
+        words = self.qformer.text_embeddings
+        assert isinstance(words, TextEmbeddings), "a stage-1 model has a text branch"
+        return at_least_fp32(self.itg_head(hidden, words.word.weight))
 
     def with_dec(self, input_ids: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
         """[CLS] replaced by [DEC], the token that starts generation (BLIP-2, section 3.1)."""

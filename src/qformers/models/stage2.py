@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qformers.models.language import LanguageModel
@@ -17,7 +17,8 @@ class Stage2Model(ImageReader):
     """Built from its parts (`presets.build_stage2` has the sizes). The language model is frozen.
 
     The Q-Former keeps its text branch, which captioning does not use and question answering needs; stage 1's heads
-    (ITC, ITM, ITG) are left out.
+    (ITC, ITM, ITG) are left out. With `reads_instructions` the Q-Former was trained to read, as text, what the language
+    model is asked (InstructBLIP, arXiv 2305.06500, section 2.3): `visual_prompts` is then to be given that text too.
     """
 
     def __init__(
@@ -27,16 +28,26 @@ class Stage2Model(ImageReader):
         qformer: QFormer,
         language_projection: nn.Linear,
         language_model: LanguageModel,
+        reads_instructions: bool = False,
     ) -> None:
         super().__init__(vision_encoder, vision_norm, qformer)
         self.language_projection = language_projection
         self.language_model = language_model
+        self.reads_instructions = reads_instructions
 
     def visual_prompts(
-        self, patch_embeds: Float[Tensor, "images patches vision_dim"]
+        self,
+        patch_embeds: Float[Tensor, "images patches vision_dim"],
+        instructions: tuple[Int[Tensor, "images tokens"], Bool[Tensor, "images tokens"]] | None = None,
     ) -> Float[Tensor, "images queries llm_dim"]:
-        """`language_projection` of the query outputs, in place of word embeddings."""
-        return self.language_projection(self.query(self.remember(patch_embeds)))
+        """`language_projection` of the query outputs, in place of word embeddings.
+
+        Args:
+            instructions: ids and mask of a text for each image that the queries read with it; None: the image alone.
+        """
+        memory = self.remember(patch_embeds)
+        outputs = self.query(memory) if instructions is None else self.query_with_text([memory], *instructions)
+        return self.language_projection(outputs)
 
     def text_branch(self) -> Iterator[nn.Module]:
         """The parts of the Q-Former that only text passes through: unused, and so untrained, by captioning."""

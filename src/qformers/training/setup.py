@@ -25,7 +25,7 @@ from qformers.data.transforms import transform_for
 from qformers.errors import ConfigError
 from qformers.models.freezing import frozen_parts
 from qformers.models.language import build_language_model, is_encoder_decoder
-from qformers.models.presets import build_stage1, build_stage2
+from qformers.models.presets import build_stage1, build_stage2, preset_shape
 from qformers.models.reader import ImageReader
 from qformers.models.saving import (
     LANGUAGE_FOLDER,
@@ -33,6 +33,7 @@ from qformers.models.saving import (
     SavedLanguage,
     start_from,
     started_language,
+    started_shape,
 )
 from qformers.models.stage1 import Stage1Model
 from qformers.models.stage2 import Stage2Model
@@ -145,7 +146,8 @@ def _stage2(
     speaker = build_language_model(replace(language, path=path), captions.end_id, captions.pad_id)
     prompt_ids, _ = captions.encode_prompts([language.prompt])
     speaker.check_context(config.model.num_queries + prompt_ids.shape[1] + config.data.max_text_tokens)
-    model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker)
+    shape = started_shape(config.start, preset_shape(config.model.preset))
+    model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker, shape)
     start_from(model, config.start)
     return Stage2Objective(model), captions, SavedLanguage(language, captions)
 
