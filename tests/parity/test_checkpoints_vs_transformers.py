@@ -195,6 +195,14 @@ def test_shards_are_read_as_one(kind, tmp_path):
     assert_same_model(kind, qformers.load(tmp_path).model, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["opt", "retrieval", "instruct_t5"])
+def test_half_precision_is_read_without_loss(kind, dtype, tmp_path):
+    """In float32 both compute with the very numbers that are stored."""
+    theirs = save_toy(kind, tmp_path, dtype).float()
+    assert_same_model(kind, qformers.load(tmp_path, dtype=torch.float32).model, theirs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_training_here_transformers_gives_the_same(kind, tmp_path):
     """Load theirs, train a few steps, save ours, convert to theirs."""

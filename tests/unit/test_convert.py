@@ -198,6 +198,20 @@ def test_lavis_clip_vit_is_read_and_written(tmp_path):
     assert_same_bits(tmp_path / "ours", tmp_path / "again")
 
 
+def test_lavis_without_a_text_encoder_within_reach(tmp_path, caplog):
+    """BERT's heads are 64 wide; of another width nothing is guessed. Without a tokenizer a picture can be read."""
+    save_toy("retrieval", tmp_path / "hf")
+    as_lavis_wrote(tmp_path / "hf", tmp_path / "lavis.pth", with_encoder=True)
+    parts = {"vision_encoder": str(tmp_path / "hf"), "text_encoder": str(tmp_path / "absent")}
+    said = one_line(tmp_path / "lavis.pth", **parts)
+    assert "32 wide" in said and "name its text_encoder" in said
+    model = qformers.load(tmp_path / "everything.pth", **parts)
+    assert "has no tokenizer within reach" in caplog.text
+    assert model.encode_image(toy_pixels(1)).features.shape == (1, QUERIES, 16)
+    with pytest.raises(CheckpointError, match="has no tokenizer of the Q-Former's"):
+        model.encode_text("a")
+
+
 def test_a_bias_of_keys_is_left_out_and_changes_no_output(tmp_path, caplog):
     save_toy("retrieval", tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "lavis.pth", "lavis")

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     Blip2Processor,
-    BlipImageProcessor,
     GenerationConfig,
     InstructBlipProcessor,
 )
@@ -24,6 +23,7 @@ from qformers.convert.keys import LANGUAGE_MODEL
 from qformers.convert.rename import to_theirs
 from qformers.errors import ConfigError
 from qformers.models.tensors import Tensors, write_shards
+from qformers.models.vision import quiet_loading
 
 IMAGE_TOKEN = "<image>"
 
@@ -145,12 +145,14 @@ def _qformer_config(description: dict[str, Any], architecture: str) -> dict[str,
     return settings
 
 
-def _image_processor(vision: dict[str, Any]) -> BlipImageProcessor:
+def _image_processor(vision: dict[str, Any]) -> Any:
+    with quiet_loading():
+        from transformers import BlipImageProcessor  # warns where torchvision is not installed, which is not needed
     size = {"height": vision["image_px"], "width": vision["image_px"]}
     return BlipImageProcessor(size=size, image_mean=vision["mean"], image_std=vision["std"])
 
 
-def _processor(checkpoint: Checkpoint, architecture: str, pictures: BlipImageProcessor) -> Any:
+def _processor(checkpoint: Checkpoint, architecture: str, pictures: Any) -> Any:
     """The processor of the class, which adds <image> to its tokenizer; None (and a warning) without a tokenizer."""
     first = checkpoint.tokenizer if architecture == RETRIEVAL else checkpoint.language_tokenizer
     if first is None or (architecture == INSTRUCT and checkpoint.tokenizer is None):

@@ -73,6 +73,8 @@ def read_lavis(path: Path, parts: FrozenParts) -> Checkpoint:
     if description is None:
         vision, encoder = _vision(state, family, parts, path)
         description = _describe(state, bert, parts, path, vision, language, projection)
+    if description["qformer"]["has_text"] and tokenizer is None:
+        logger.warning("%s: %s has no tokenizer within reach, so no text can be read", path, parts.text_encoder)
     needed = own_weights(skeleton(description, language and language.config, str(path)))
     held = {name: tensor for name, tensor in needed.items() if encoder is None or not name.startswith(VISION)}
     tensors = to_ours(in_memory(state), lavis_table(family, projection), held, str(path))
@@ -96,7 +98,7 @@ def _describe(
     projection: str | None,
 ) -> dict[str, Any]:
     """What config.json of our format would say of a file that LAVIS wrote."""
-    shape, vocab_size, frequency = _qformer(state, bert)
+    shape, vocab_size, frequency = _qformer(state, bert, path)
     model = ModelConfig(
         vision_encoder=parts.vision_encoder or path.name,
         preset=preset_of(shape),
@@ -161,7 +163,7 @@ def _text_encoder(source: str) -> tuple[Path | None, PretrainedConfig | None]:
     return folder_with(folder, *TOKENIZER_FILES), bert
 
 
-def _qformer(state: Mapping[str, Tensor], bert: PretrainedConfig | None) -> tuple[QFormerShape, int, int]:
+def _qformer(state: Mapping[str, Tensor], bert: PretrainedConfig | None, path: Path) -> tuple[QFormerShape, int, int]:
     """Sizes of the Q-Former, its vocabulary (0: no text branch), and how often a block reads the image."""
     layer = "Qformer.bert.encoder.layer.{}.{}.weight"
     layers = 0
@@ -170,10 +172,15 @@ def _qformer(state: Mapping[str, Tensor], bert: PretrainedConfig | None) -> tupl
     reading = [number for number in range(layers) if layer.format(number, "crossattention.self.query") in state]
     words = state.get("Qformer.bert.embeddings.word_embeddings.weight")
     dim = state["query_tokens"].shape[2]
+    heads = dim // BERT_HEAD_DIM if bert is None else bert.num_attention_heads
+    if bert is None and dim % BERT_HEAD_DIM:
+        raise ConfigError(
+            f"{path}: its Q-Former is {dim} wide, which no BERT is that is known here: name its text_encoder"
+        )
     shape = QFormerShape(
         layers=layers,
         dim=dim,
-        heads=bert.num_attention_heads if bert is not None else max(1, dim // BERT_HEAD_DIM),
+        heads=heads,
         ffn_dim=state[layer.format(0, "intermediate_query.dense")].shape[0],
         max_positions=QFormerShape.max_positions
         if words is None
