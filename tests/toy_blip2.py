@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from helpers import randomise
@@ -18,6 +19,10 @@ from transformers import (
     InstructBlipProcessor,
     PreTrainedModel,
 )
+
+import qformers
+from qformers.errors import CheckpointError, ConfigError
+from qformers.models.tensors import open_tensors
 
 QUERIES = 4
 BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -104,3 +109,31 @@ def toy_pixels(rows: int) -> torch.Tensor:
 def behind_the_picture(ids: torch.Tensor, token: int = IMAGE_TOKEN) -> torch.Tensor:
     """`ids` as transformers wants them: the places of the picture first."""
     return torch.cat([torch.full((len(ids), QUERIES), token), ids], dim=1)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every weight of a folder and of the folders in it."""
+    found = {}
+    for inside in (folder, folder / "language_model"):
+        if inside.is_dir():
+            tensors = open_tensors(inside)
+            found |= {
+                f"{inside.name}/{name}" if inside != folder else name: tensors.read(name) for name in tensors.described
+            }
+    return found
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """The same names, dtypes and numbers."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys() and len(first) > 50
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+
+
+def one_line(source: Path, **options) -> str:
+    """What is said of a checkpoint that cannot be opened: one line."""
+    with pytest.raises((CheckpointError, ConfigError)) as refused:
+        qformers.load(source, **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)

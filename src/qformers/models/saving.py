@@ -320,7 +320,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if description.get("format") not in FORMATS.values():
         found = description.get("format") or description.get("model_type") or "something else"
-        raise CheckpointError(f"{folder}: holds {found}, not a model saved by qformers ({', '.join(FORMATS.values())})")
+        raise CheckpointError(
+            f"{folder}: holds {found}, not a model saved by qformers ({', '.join(FORMATS.values())}): "
+            "`qformers convert` makes one of BLIP-2's other formats"
+        )
     return description
 
 
