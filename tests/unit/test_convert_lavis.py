@@ -38,6 +38,73 @@ def as_lavis_wrote(source: Path, destination: Path, with_encoder: bool) -> None:
     )
 
 
+# LAVIS's names to Hugging Face's as its published conversion replaced them, apart from the key tables; in this order.
+REPLACED = {
+    "Qformer.bert.embeddings.LayerNorm": "qformer.embeddings.layernorm",
+    "Qformer.bert.": "qformer.",
+    "attention.self.": "attention.attention.",
+    "llm_proj": "language_projection",
+    "ln_vision": "vision_model.post_layernorm",
+    "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
+    "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
+    "visual_encoder.patch_embed.proj": "vision_model.embeddings.patch_embedding",
+    "visual_encoder.blocks": "vision_model.encoder.layers",
+    ".norm1": ".layer_norm1",
+    ".norm2": ".layer_norm2",
+    ".attn.qkv": ".self_attn.qkv",
+    ".attn.proj": ".self_attn.projection",
+}
+
+
+def test_every_weight_has_the_name_that_lavis_gives_it(tmp_path):
+    """A table that swaps two weights would undo its own mistake on the way back."""
+    theirs = save_toy("instruct_llama", tmp_path / "hf").state_dict()
+    convert(tmp_path / "hf", tmp_path / "lavis.pth", "lavis")
+    state = torch.load(tmp_path / "lavis.pth", weights_only=True)["model"]
+    assert torch.equal(state.pop("Qformer.bert.embeddings.position_ids"), torch.arange(512)[None])
+    seen = set()
+    for name, tensor in state.items():
+        if name.endswith(("q_bias", "v_bias")):
+            layer = name.split(".")[2]
+            place = 0 if name.endswith("q_bias") else 2
+            expected = theirs[f"vision_model.encoder.layers.{layer}.self_attn.qkv.bias"].chunk(3)[place]
+        else:
+            there = name
+            for lavis, hugging_face in REPLACED.items():
+                there = there.replace(lavis, hugging_face)
+            expected = theirs[there]
+            seen.add(there)
+        assert torch.equal(tensor, expected), name
+    left = {name for name in theirs.keys() - seen if not name.startswith("language_model.")}
+    assert left == {f"vision_model.encoder.layers.{layer}.self_attn.qkv.bias" for layer in range(2)}
+
+
+def test_stage_1_s_heads_have_the_names_that_lavis_gives_them(tmp_path):
+    save_toy("retrieval", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "lavis.pth", "lavis")
+    state = torch.load(tmp_path / "lavis.pth", weights_only=True)["model"]
+    ours = qformers.load(tmp_path / "hf").model
+    words = ours.qformer.text_embeddings.word.weight
+    for name, tensor in {
+        "temp": ours.temperature,
+        "vision_proj.weight": ours.vision_projection.weight,
+        "text_proj.weight": ours.text_projection.weight,
+        "itm_head.bias": ours.itm_head.bias,
+        "Qformer.bert.embeddings.word_embeddings.weight": words,
+        "Qformer.bert.embeddings.position_embeddings.weight": ours.qformer.text_embeddings.position.weight,
+        "Qformer.cls.predictions.transform.dense.weight": ours.itg_head.transform.weight,
+        "Qformer.cls.predictions.transform.LayerNorm.weight": ours.itg_head.norm.weight,
+        "Qformer.cls.predictions.bias": ours.itg_head.bias,
+        "Qformer.cls.predictions.decoder.weight": words,
+        "Qformer.cls.predictions.decoder.bias": ours.itg_head.bias,
+    }.items():
+        assert torch.equal(state[name], tensor), name
+    assert state["temp"].dim() == 0
+    state["Qformer.cls.predictions.decoder.weight"] = words + 1
+    torch.save({"model": state}, tmp_path / "torn.pth")
+    assert "differ, and must be one weight" in one_line(tmp_path / "torn.pth")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("with_encoder", [False, True], ids=["frozen", "fine-tuned"])
 @pytest.mark.parametrize("kind", ["retrieval", "opt", "t5", "llama", "instruct_llama", "instruct_t5"])
