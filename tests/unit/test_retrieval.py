@@ -95,7 +95,7 @@ def slow_rerank_order(itc: np.ndarray, itm: np.ndarray, k: int) -> list[list[int
     return orders
 
 
-@pytest.mark.parametrize("rule", ["itm", "itm+itc"])
+@pytest.mark.parametrize("rule", ["itm", "itm+itc", "itm+itc/temperature"])
 @pytest.mark.parametrize(("images", "texts", "k"), [(7, 12, 3), (12, 7, 1), (5, 5, 4), (6, 9, 100), (1, 1, 1)])
 def test_reranking_equals_a_slow_reference_and_scores_each_pair_once(images, texts, k, rule):
     rng = np.random.default_rng(images * texts + k)
@@ -107,8 +107,8 @@ def test_reranking_equals_a_slow_reference_and_scores_each_pair_once(images, tex
         assert len(calls[-1]) == len(image_indices)
         return torch.tensor(itm[image_indices, text_indices])
 
-    reranked = rerank_similarities(itc, score_pairs, k, rule)
-    final = itm + itc if rule == "itm+itc" else itm
+    reranked = rerank_similarities(itc, score_pairs, k, rule, temperature=0.1)
+    final = itm + {"itm": 0, "itm+itc": itc, "itm+itc/temperature": 10 * itc}[rule]
     assert np.argsort(-reranked.i2t, axis=1).tolist() == slow_rerank_order(itc, final, k)
     assert np.argsort(-reranked.t2i.T, axis=1).tolist() == slow_rerank_order(itc.T, final.T, k)
     needed = {(i, t) for i in range(images) for t in np.argsort(-itc[i])[:k].tolist()}

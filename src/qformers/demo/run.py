@@ -140,7 +140,10 @@ def _stage1(
     with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
         model = load_model(result.model).stage1()
         with torch.autocast("cpu", torch.bfloat16):
-            scores = {kind: score_retrieval(model, datasets[f"held_out_{kind}"], sizes.rerank) for kind in EVALUATED}
+            scores = {
+                kind: score_retrieval(model, datasets[f"held_out_{kind}"], sizes.rerank, "itm+itc/temperature")
+                for kind in EVALUATED
+            }
     return result, scores
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qformers.errors import ConfigError, DataError
 
+RERANKING_RULES = ("itm+itc", "itm", "itm+itc/temperature")
 ScorePairs = Callable[[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]], "np.ndarray | Tensor"]
 
 
@@ -98,6 +99,7 @@ def rerank_similarities(
     score_pairs: ScorePairs,
     k: int = 128,
     rule: str = "itm+itc",
+    temperature: float = 1.0,
 ) -> RerankedSimilarities:
     """Re-rank the `k` best candidates of every image and of every text by the ITM score.
 
@@ -105,10 +107,12 @@ def rerank_similarities(
     the union of both directions' shortlists sorted by image, so that no pair is scored twice and an
     image's keys and values can be shared over its texts. Candidates outside a shortlist keep their ITC
     order below all re-ranked ones. PAPER.md section 5: k = 128; "itm+itc" adds the raw cosine as the authors'
-    code does, "itm" is the paper's sentence. Equal ITC similarities enter a shortlist by lowest index.
+    code does, "itm" is the paper's sentence, and "itm+itc/temperature" adds the cosine over the model's
+    `temperature`: both are then logits, and a short run's ITM does not drown its better ITC. Equal ITC
+    similarities enter a shortlist by lowest index.
     """
-    if rule not in ("itm+itc", "itm"):
-        raise ConfigError(f"re-ranking rule {rule!r} is unknown: use 'itm+itc' or 'itm'")
+    if rule not in RERANKING_RULES:
+        raise ConfigError(f"re-ranking rule {rule!r} is unknown: use one of {', '.join(RERANKING_RULES)}")
     if k < 1:
         raise ConfigError(f"re-ranking needs at least 1 candidate, got k={k}")
     itc = _checked(similarities, "ITC").astype(np.float64)
@@ -122,8 +126,8 @@ def rerank_similarities(
     if not np.isfinite(scores).all():
         unusable = np.count_nonzero(~np.isfinite(scores))
         raise DataError(f"{unusable} of {scores.size} ITM scores are not finite: the ranking would mean nothing")
-    if rule == "itm+itc":
-        scores = scores + itc[image_indices, text_indices]
+    if rule != "itm":
+        scores = scores + itc[image_indices, text_indices] / (temperature if rule == "itm+itc/temperature" else 1.0)
     itm = np.full(itc.shape, -np.inf)
     itm[image_indices, text_indices] = scores
     return RerankedSimilarities(

@@ -64,8 +64,12 @@ def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -
     return counts | scores.metrics() | reranked
 
 
-def score_retrieval(model: Stage1Model, dataset: CaptionDataset, rerank: int = 0) -> RetrievalScores:
+def score_retrieval(
+    model: Stage1Model, dataset: CaptionDataset, rerank: int = 0, rule: str = "itm+itc"
+) -> RetrievalScores:
     """ITC similarities of all pairs of `dataset`, and with `rerank` = k > 0 re-ranked scores of the k best.
+
+    `rule` is one of `retrieval.RERANKING_RULES`.
 
     Raises:
         DataError: a picture is broken or a caption empty; leaving out a candidate would flatter the figures.
@@ -86,6 +90,8 @@ def score_retrieval(model: Stage1Model, dataset: CaptionDataset, rerank: int = 0
                 model, tokenizer.encode, lambda row: patches[row : row + 1], captions.texts, (image, text)
             )[:, 1],
             k=rerank,
+            rule=rule,
+            temperature=model.temperature.item(),
         )
     return RetrievalScores(captions.texts, captions.text_to_image, similarities, reranked)
 

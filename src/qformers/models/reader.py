@@ -35,7 +35,7 @@ class ImageReader(nn.Module):
 
     @torch.no_grad()
     def standardise_patches(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> None:
-        """Start `vision_norm` from some images: each dimension of its output gets mean 0 and spread 1 over their patches.
+        """Start `vision_norm` from some images: over their patches, each dimension it gives has mean 0 and spread 1.
 
         An image encoder's outputs are mostly alike: a few dimensions are large in every patch of every image. Read
         as they are, they give each query the same large vector, next to which nothing of the queries is left.
