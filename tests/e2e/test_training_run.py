@@ -191,10 +191,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from toy_run import toy_config
+from qformers.objectives.config import Stage1LossConfig
 from qformers.training.loop import train
 
 data, output = map(Path, sys.argv[1:])
-config = toy_config(data, output, accumulation_steps=2, steps=6)
+config = toy_config(data, output, accumulation_steps=2, steps=6, objectives=Stage1LossConfig(itc_steps=2))
 train(replace(config, data=replace(config.data, max_broken_fraction=0.5)))
 """
 
@@ -212,7 +213,8 @@ def test_two_processes_train_one_model_even_when_one_has_a_broken_picture(tmp_pa
     assert (tmp_path / "run" / "broken_images.log").read_text().startswith("3.png\t")
     rows = metric_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
+    assert ["loss/itm" in row for row in rows] == [False, False, True, True, True, True]
+    assert rows[-1]["loss/itc"] < rows[0]["loss/itc"]
 
 
 def test_a_start_that_fails_leaves_the_folder_free(data, tmp_path):

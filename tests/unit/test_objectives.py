@@ -188,6 +188,21 @@ def test_temperature_is_kept_from_crossing_zero():
         Stage1LossConfig(min_temperature=0.0)
 
 
+def test_itc_alone_is_the_same_itc_and_lasts_as_long_as_it_is_asked_to():
+    model, batch = tiny_stage1(), random_batch([4, 5, 6])
+    step = Stage1Objective(model, Stage1LossConfig(itc_steps=2)).train()
+    whole = objective(model)(batch)
+    for number, names in ((1, {"itc"}), (2, {"itc"}), (3, {"itc", "itm", "itg"})):
+        step.before_step(number)
+        output = step(batch)
+        assert output.losses.keys() == names
+        torch.testing.assert_close(output.losses["itc"], whole.losses["itc"])
+    step.before_step(1)
+    assert step.eval()(batch).losses.keys() == {"itc", "itm", "itg"}, "validation measures all three"
+    with pytest.raises(ConfigError, match="itc_steps is -1"):
+        Stage1LossConfig(itc_steps=-1)
+
+
 def test_stats_count_what_was_right():
     output = objective(tiny_stage1())(random_batch([4, 5, 6], [0, 1, 0]))
     assert output.stats["temperature"] == pytest.approx(0.07)

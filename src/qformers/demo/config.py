@@ -16,7 +16,7 @@ class DemoDataConfig:
 
     concept_views: int = 2
     scenes: int = 3000
-    scene_objects: int = 200
+    scene_objects: int = 300
     held_out_scenes: int = 300
     validation_scenes: int = 100
     held_out_concepts: int = 248

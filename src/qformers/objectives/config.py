@@ -19,6 +19,9 @@ class Stage1LossConfig:
     itm_fraction: float = 1.0
     """Share of each batch's pictures and of its texts that ITM scores. The paper's is 1; ITM is two thirds of a step's
     work, so a run short of time sees more pictures with less of it."""
+    itc_steps: int = 0
+    """So many first steps train ITC alone, at less than half the work. ITM draws negatives by ITC's similarities and
+    learns little before they mean something, so a run short of time starts with it later. The paper has none."""
     min_temperature: float = 0.01
     """The learned temperature is kept above it. CLIP's bound: no logit beyond 100. On little data a higher one keeps
     ITC from telling the training captions apart ever more sharply, which costs recall on words it has not seen."""
@@ -32,5 +35,7 @@ class Stage1LossConfig:
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ConfigError(f"objectives.{name} is {share}: must be between 0 and 1")
+        if self.itc_steps < 0:
+            raise ConfigError(f"objectives.itc_steps is {self.itc_steps}: it counts steps from 0")
         if self.min_temperature <= 0:
             raise ConfigError(f"objectives.min_temperature is {self.min_temperature}: similarities are divided by it")

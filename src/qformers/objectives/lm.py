@@ -47,5 +47,8 @@ class Stage2Objective(nn.Module):
             }
         return StepOutput(losses={"lm": loss}, stats=stats)
 
+    def before_step(self, step: int) -> None:
+        """Every step has the same loss."""
+
     def after_step(self) -> None:
         """Nothing has bounds here."""

@@ -23,7 +23,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from qformers.data.dataset import CaptionDataset
@@ -72,7 +72,11 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
     checkpoint = find_checkpoint(output, resume)
     # Without `cpu`, accelerate takes each process of a torchrun on a machine without GPU for the only one.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with="tensorboard", project_dir=output)
+    # While ITC trains alone, the other losses' heads have no gradient.
+    parts = DistributedDataParallelKwargs(find_unused_parameters=config.stage == 1 and config.objectives.itc_steps > 0)
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision="no", log_with="tensorboard", project_dir=output, kwargs_handlers=[parts]
+    )
     if on_cpu:
         keep_freed_memory()
     run = build_run(config, checkpoint, accelerator)
@@ -83,6 +87,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
         announce(config, run, accelerator)
         for step in range(run.first_step, config.steps + 1):
             torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
+            accelerator.unwrap_model(objective).before_step(step)
             rate = set_learning_rate(optimiser, learning_rate(step, config.optimiser, config.steps))
             done: list[tuple[Names, StepOutput]] = []
             for number in range(1, config.accumulation_steps + 1):
