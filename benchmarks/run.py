@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import attention
 import stage1_step
 
-BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {"stage1_step": stage1_step.run}
+BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {"attention": attention.run, "stage1_step": stage1_step.run}
 
 
 def main() -> None:

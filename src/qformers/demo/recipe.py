@@ -128,7 +128,8 @@ def demo_captioning_recipe(size: DemoSize, stage1: TrainConfig, *, language_mode
         output=str(output),
         stage=2,
         start=stage1.output,
-        language=LanguageConfig(path=str(language_model), dtype="bfloat16"),
+        # The whole caption is the target: in prefix language modelling text would say a part of it.
+        language=LanguageConfig(path=str(language_model), dtype="bfloat16", split_captions=False),
         data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
         optimiser=OptimiserConfig(
             lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, size.captioning_steps // 12)
