@@ -28,7 +28,7 @@ class DemoSize:
     num_queries: int
     rerank: int
     itm_fraction: float
-    captioning_steps: int
+    captioning_steps: dict[LanguageModelName, int]
     captioning_batch_size: int
 
 
@@ -41,7 +41,7 @@ STANDARD = DemoSize(
     num_queries=8,
     rerank=16,
     itm_fraction=0.25,
-    captioning_steps=400,
+    captioning_steps={"smollm2": 400, "t5": 1000},  # as many minutes
     captioning_batch_size=32,
 )
 SIZES: dict[Size, DemoSize] = {
@@ -54,11 +54,11 @@ SIZES: dict[Size, DemoSize] = {
         num_queries=8,
         rerank=8,
         itm_fraction=1.0,
-        captioning_steps=8,
+        captioning_steps={"smollm2": 8, "t5": 8},
         captioning_batch_size=16,
     ),
     "standard": STANDARD,
-    "long": replace(STANDARD, steps=2000, itc_steps=1000, captioning_steps=1500),
+    "long": replace(STANDARD, steps=2000, itc_steps=1000, captioning_steps={"smollm2": 1500, "t5": 4000}),
 }
 
 
@@ -108,7 +108,7 @@ def demo_recipe(
             itc_steps=size.itc_steps,
             min_temperature=0.1,
         ),
-        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, size.steps // 12)),
+        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.1, min_lr=1e-5, warmup_steps=max(2, size.steps // 12)),
         seed=seed,
         steps=size.steps,
         log_every_steps=5,
@@ -117,12 +117,15 @@ def demo_recipe(
     )
 
 
-def demo_captioning_recipe(size: DemoSize, stage1: TrainConfig, *, language_model: Path, output: Path) -> TrainConfig:
+def demo_captioning_recipe(
+    size: DemoSize, stage1: TrainConfig, *, name: LanguageModelName, language_model: Path, output: Path
+) -> TrainConfig:
     """The stage-2 run of the demo: from the stage-1 run just made, on the same pictures and features.
 
     Deviations from the paper, for a run of minutes: a small language model, 10 × the learning rate,
     no dropout.
     """
+    steps = size.captioning_steps[name]
     return replace(
         stage1,
         output=str(output),
@@ -131,8 +134,6 @@ def demo_captioning_recipe(size: DemoSize, stage1: TrainConfig, *, language_mode
         # The whole caption is the target: in prefix language modelling text would say a part of it.
         language=LanguageConfig(path=str(language_model), dtype="bfloat16", split_captions=False),
         data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
-        optimiser=OptimiserConfig(
-            lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, size.captioning_steps // 12)
-        ),
-        steps=size.captioning_steps,
+        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
+        steps=steps,
     )

@@ -113,7 +113,11 @@ def run_demo(
     result, scores = _stage1(sizes, recipes["train"], datasets, watch)
     speaker = speaker or _caption_t5(data, text_encoder, output, seed, watch)
     captioning = demo_captioning_recipe(
-        sizes, recipes["train"], language_model=speaker, output=output / f"captioner_{language_model}"
+        sizes,
+        recipes["train"],
+        name=language_model,
+        language_model=speaker,
+        output=output / f"captioner_{language_model}",
     )
     captions = _stage2(captioning, datasets["held_out_scenes"], data, watch)
     metrics: dict[str, Any] = {kind: _table(scores[kind], ridge[kind]) for kind in EVALUATED}
