@@ -25,6 +25,7 @@ from qformers.evaluation.scoring import itc_similarities, match_logits, text_fea
 from qformers.models.config import Dtype, FrozenParts, GenerationSettings, ModelConfig
 from qformers.models.inspection import cross_attention_weights
 from qformers.models.saving import LoadedModel, SavedLanguage, save_model
+from qformers.models.tensors import fingerprint
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
@@ -109,6 +110,12 @@ class Predictor:
     def device(self) -> torch.device:
         return self.model.qformer.query_tokens.device
 
+    def fingerprint(self) -> str:
+        """sha256 of the weights that `encode_image` and `encode_text` use, by which an index knows its model."""
+        state = self.loaded.stage1().state_dict()
+        unused = ("itm_head.", "itg_head.", "temperature")
+        return fingerprint({name: tensor for name, tensor in state.items() if not name.startswith(unused)})
+
     def preprocess(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "images 3 height width"]:
         """Pictures as the encoder wants them: shorter side resized, centre cropped, normalised.
 
@@ -148,18 +155,20 @@ class Predictor:
         Raises:
             DataError: several pictures and another number of texts.
         """
+        return self.match_logits(images, texts).softmax(dim=-1)[:, 1]
+
+    def match_logits(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Float[Tensor, "pairs 2"]:
+        """The ITM head's logits of no match and of match, pair by pair. Takes and raises what `match` does."""
         pictures, words = _many(images), self._texts(texts)
         shown = np.zeros(len(words), dtype=np.int64) if len(pictures) == 1 else np.arange(len(pictures))
         if len(shown) != len(words):
             raise DataError(
                 f"{len(pictures)} pictures and {len(words)} texts: match needs one text per picture, or one picture"
             )
-        patches = self.encode_image(self.preprocess(pictures)).patch_embeds
-        pairs = (shown, np.arange(len(words)))
-        logits = match_logits(
-            self.loaded.stage1(), self.tokenizer.encode, lambda row: patches[row : row + 1], words, pairs
+        model, pairs = self.loaded.stage1(), (shown, np.arange(len(words)))
+        return match_logits(
+            model, lambda rows: self._patches([pictures[row] for row in rows]), self.tokenizer.encode(words), pairs
         )
-        return logits.softmax(dim=-1)[:, 1]
 
     def caption(
         self, images: Picture | Sequence[Picture], prompt: str | Sequence[str] | None = None, **generation: Any
@@ -220,6 +229,10 @@ class Predictor:
             language = SavedLanguage(self.loaded.language, self._speaker().tokenizer if speaks else None)
         tokenizer = None if self.loaded.tokenizer is None else self.tokenizer
         save_model(self.model, self.loaded.config, tokenizer, Path(folder), language)
+
+    @torch.inference_mode()
+    def _patches(self, images: Sequence[Picture]) -> Float[Tensor, "images patches vision_dim"]:
+        return self.model.vision_encoder(self.preprocess(images).to(self.device))
 
     def _speaker(self) -> Captioner:
         if self._captioner is None:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qformers.errors import ConfigError, DataError
-from qformers.evaluation.retrieval import chance_metrics, rerank_similarities, retrieval_metrics
+from qformers.evaluation.rerank import check_rule, pair_scores, rerank, shortlist
+from qformers.evaluation.retrieval import chance_metrics, metrics_of_ranks, retrieval_metrics
 
 
 def slow_metrics(i2t: list[list[float]], t2i: list[list[float]], owners: list[int]) -> dict[str, float]:
@@ -80,55 +81,89 @@ def test_nan_is_refused_with_its_count():
     similarities[0, 1] = np.nan
     with pytest.raises(DataError, match=r"1 of 9 .* NaN"):
         retrieval_metrics(similarities, np.arange(3))
+    own = np.arange(3)
     with pytest.raises(DataError, match="1 of 9 ITC similarities are not finite"):
-        rerank_similarities(np.where(np.isnan(similarities), np.inf, similarities), lambda i, t: np.zeros(len(i)))
+        rerank(np.where(np.isnan(similarities), np.inf, similarities), own, no_opinion)
     with pytest.raises(DataError, match="2 of 9 ITM scores"):
-        rerank_similarities(np.eye(3), lambda i, t: np.where((i == 0) & (t > 0), np.inf, 0.0), k=3)
+        rerank(np.eye(3), own, lambda i, t: np.where((i == 0) & (t > 0), np.inf, 0.0)[:, None] * [1, 1], k=3)
 
 
-def slow_rerank_order(itc: np.ndarray, itm: np.ndarray, k: int) -> list[list[int]]:
-    """Candidates of each row, best first: the shortlist by ITM score, then the others by ITC."""
-    orders = []
-    for row, score in zip(itc.tolist(), itm.tolist(), strict=True):
-        by_itc = sorted(range(len(row)), key=lambda c: -row[c])
-        orders.append(sorted(by_itc[:k], key=lambda c: -score[c]) + by_itc[k:])
-    return orders
+def no_opinion(images, texts):
+    return np.zeros((len(images), 2))
+
+
+def expected_scores(logits: np.ndarray, itc: np.ndarray, rule: str) -> np.ndarray:
+    return {
+        "itm": logits[..., 1],
+        "itm+itc": logits[..., 1] + itc,
+        "itm+itc/temperature": logits[..., 1] - logits[..., 0] + itc / 0.25,
+    }[rule]
+
+
+def slow_order(itc: list[float], scores: list[float], k: int) -> tuple[list[int], list[float]]:
+    """One query's candidates, the shortlist by score then the others by ITC, and a score that orders them so."""
+    by_itc = sorted(range(len(itc)), key=lambda c: -itc[c])
+    order = sorted(by_itc[:k], key=lambda c: -scores[c]) + by_itc[k:]
+    return order, [scores[c] + 1000.0 if c in by_itc[:k] else itc[c] for c in range(len(itc))]
 
 
 @pytest.mark.parametrize("rule", ["itm", "itm+itc", "itm+itc/temperature"])
-@pytest.mark.parametrize(("images", "texts", "k"), [(7, 12, 3), (12, 7, 1), (5, 5, 4), (6, 9, 100), (1, 1, 1)])
-def test_reranking_equals_a_slow_reference_and_scores_each_pair_once(images, texts, k, rule):
-    rng = np.random.default_rng(images * texts + k)
-    itc, itm = rng.standard_normal((2, images, texts)) * np.array([0.3, 8.0])[:, None, None]
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 14), st.integers(1, 15), st.integers(0, 2**31), st.booleans())
+def test_reranking_equals_a_slow_reference_and_scores_each_pair_once(rule, images, texts, k, seed, ties):
+    rng = np.random.default_rng(seed)
+    owners = rng.integers(0, images, size=texts)
+    itc, logits = rng.standard_normal((images, texts)), rng.standard_normal((images, texts, 2))
+    if ties:
+        itc, logits = itc.round(), logits.round()
     calls = []
 
     def score_pairs(image_indices, text_indices):
-        calls.append(set(zip(image_indices.tolist(), text_indices.tolist(), strict=True)))
-        assert len(calls[-1]) == len(image_indices)
-        return torch.tensor(itm[image_indices, text_indices])
+        calls.append(list(zip(image_indices.tolist(), text_indices.tolist(), strict=True)))
+        return torch.tensor(logits[image_indices, text_indices])
 
-    reranked = rerank_similarities(itc, score_pairs, k, rule, temperature=0.1)
-    final = itm + {"itm": 0, "itm+itc": itc, "itm+itc/temperature": 10 * itc}[rule]
-    assert np.argsort(-reranked.i2t, axis=1).tolist() == slow_rerank_order(itc, final, k)
-    assert np.argsort(-reranked.t2i.T, axis=1).tolist() == slow_rerank_order(itc.T, final.T, k)
-    needed = {(i, t) for i in range(images) for t in np.argsort(-itc[i])[:k].tolist()}
-    needed |= {(i, t) for t in range(texts) for i in np.argsort(-itc[:, t])[:k].tolist()}
-    assert calls == [needed]
-    assert reranked.scored_pairs == len(needed)
+    found = rerank(itc, owners, score_pairs, k, rule, temperature=0.25)
+    scores = expected_scores(logits, itc, rule)
+    rows = [slow_order(itc[i].tolist(), scores[i].tolist(), k) for i in range(images)]
+    columns = [slow_order(itc[:, t].tolist(), scores[:, t].tolist(), k) for t in range(texts)]
+    assert found.i2t.candidates.tolist() == [order[:k] for order, _ in rows]
+    assert found.t2i.candidates.tolist() == [order[:k] for order, _ in columns]
+    as_similarities = np.array([ordered for _, ordered in rows]), np.array([ordered for _, ordered in columns]).T
+    expected = slow_metrics(as_similarities[0].tolist(), as_similarities[1].tolist(), owners.tolist())
+    assert metrics_of_ranks(found.i2t.ranks, found.t2i.ranks) == pytest.approx(expected)
+    needed = {(i, t) for i in range(images) for t in rows[i][0][:k]} | {
+        (i, t) for t in range(texts) for i in columns[t][0][:k]
+    }
+    assert calls == [sorted(needed)]
+    assert found.scored_pairs == len(needed)
 
 
-def test_reranking_everything_is_brute_force():
+@pytest.mark.parametrize("rule", ["itm", "itm+itc", "itm+itc/temperature"])
+def test_reranking_everything_is_brute_force(rule):
+    """Ragged captions: image 3 has none, image 0 three."""
     rng = np.random.default_rng(0)
-    itc, itm = rng.standard_normal((2, 8, 8))
-    reranked = rerank_similarities(itc, lambda i, t: itm[i, t], k=8, rule="itm")
-    np.testing.assert_array_equal(reranked.i2t, itm)
-    np.testing.assert_array_equal(reranked.t2i, itm)
+    owners = np.array([0, 1, 0, 2, 4, 4, 0, 5])
+    itc, logits = rng.standard_normal((6, 8)).astype(np.float32), rng.standard_normal((6, 8, 2)).astype(np.float32)
+    found = rerank(itc, owners, lambda i, t: logits[i, t], k=8, rule=rule, temperature=0.25)
+    scores = expected_scores(logits.astype(np.float64), itc.astype(np.float64), rule)
+    assert metrics_of_ranks(found.i2t.ranks, found.t2i.ranks) == retrieval_metrics(scores, owners)
+    np.testing.assert_array_equal(found.i2t.candidates, np.argsort(-scores, axis=1))
+    np.testing.assert_array_equal(found.t2i.candidates, np.argsort(-scores, axis=0).T)
+
+
+def test_the_shortlist_is_torchs_topk():
+    similarities = torch.randn(300, 70)  # more rows than are sorted at once
+    assert shortlist(similarities.numpy(), 9).tolist() == similarities.topk(9).indices.tolist()
+    assert shortlist(np.zeros((2, 5)), 3).tolist() == [[0, 1, 2]] * 2
 
 
 def test_reranking_refuses_what_it_cannot_do():
+    own = np.arange(2)
     with pytest.raises(ConfigError, match="itm\\+itc"):
-        rerank_similarities(np.eye(2), lambda i, t: i, rule="itc")
+        check_rule("itc")
+    with pytest.raises(ConfigError, match="temperature"):
+        pair_scores(np.zeros((1, 2)), np.zeros(1), "itm+itc/temperature", None)
     with pytest.raises(ConfigError, match="k=0"):
-        rerank_similarities(np.eye(2), lambda i, t: i, k=0)
-    with pytest.raises(DataError, match="2 pairs"):
-        rerank_similarities(np.eye(2), lambda i, t: np.zeros(5), k=1)
+        rerank(np.eye(2), own, no_opinion, k=0)
+    with pytest.raises(DataError, match=r"2 pairs .* \(5,\)"):
+        rerank(np.eye(2), own, lambda i, t: np.zeros(5), k=1)

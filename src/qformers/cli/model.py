@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from qformers.cli.command import Command, instance, model_option, source_options
 
@@ -21,17 +23,37 @@ def _retrieval_options(parser: ArgumentParser) -> None:
         metavar="K",
         help="Re-rank the K best by ITC with the ITM head; 0: ITC alone. The paper: 128.",
     )
+    parser.add_argument(
+        "--rule",
+        type=Literal["itm", "itm+itc", "itm+itc/temperature"],
+        default="itm+itc",
+        help="What re-ranking goes by. itm: the match logit (the paper); itm+itc: plus the cosine (the authors' code); "
+        "itm+itc/temperature: the log-odds of both heads.",
+    )
+    parser.add_argument(
+        "--scores", type=str, metavar="FILE", help="Keep the ITM scores here: killed, the same command goes on there."
+    )
+    parser.add_argument(
+        "--captions_per_image",
+        type=PositiveInt,
+        metavar="N",
+        help="Only the first N captions of each picture: 5 in the tables of COCO and Flickr30K.",
+    )
     parser.add_argument("--json", type=str, metavar="FILE", help="Write the figures here too.")
 
 
 def _evaluate_retrieval(options: Namespace) -> None:
     from qformers.data.config import SourceConfig
-    from qformers.evaluation.run import evaluate_retrieval
+    from qformers.errors import ConfigError
+    from qformers.evaluation.run import Reranking, evaluate_retrieval
 
+    if options.rerank < 0:
+        raise ConfigError(f"--rerank is {options.rerank}: give how many candidates, or 0 for none")
     source = instance(SourceConfig, options, path=options.data)
-    metrics = evaluate_retrieval(options.model, source, rerank=options.rerank)
+    reranking = Reranking(options.rerank, options.rule, options.scores) if options.rerank else None
+    metrics = evaluate_retrieval(options.model, source, reranking, options.captions_per_image)
     for name, value in metrics.items():
-        print(f"{name:<12} {value:.4g}")
+        print(f"{name:<24} {value:.4g}")
     if options.json:
         Path(options.json).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
@@ -47,7 +69,7 @@ def _match(options: Namespace) -> None:
     from qformers.predictor import load
 
     model = load(options.model)
-    probabilities = model.match([options.image] * len(options.texts), options.texts)
+    probabilities = model.match(options.image, options.texts)
     judged = [{"text": text, "match": float(match)} for text, match in zip(options.texts, probabilities, strict=True)]
     if options.json:
         print(json.dumps(judged, indent=2, ensure_ascii=False))
@@ -152,7 +174,7 @@ def _inspect(options: Namespace) -> None:
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("evaluate", "retrieval"): Command(
         "Recall at 1, 5 and 10: the captions of each picture and the picture of each caption.",
-        "--model M --data D [--rerank K] [--json FILE] [how to read D]",
+        "--model M --data D [--rerank K] [--rule R] [--scores FILE] [--captions_per_image N] [--json FILE] [reading D]",
         "qformers evaluate retrieval --model runs/stage1 --data test.jsonl --rerank 128 --json recall.json",
         _retrieval_options,
         _evaluate_retrieval,

@@ -124,13 +124,14 @@ class CaptionDataset(TorchDataset):
         """Every distinct picture once, for retrieval evaluation."""
         return ImageView(self)
 
-    def captions(self) -> Captions:
-        """Every caption of every record; those of records that share an image id lead to the same picture."""
+    def captions(self, per_record: int | None = None) -> Captions:
+        """Every caption of every record, or its first `per_record`; those of records that share an image id lead to
+        the same picture."""
         texts, positions, empty = [], [], []
         order = {int(self.image_ids[index]): position for position, index in enumerate(self.first_records)}
         rows = self.records.select_columns(["captions", "name"]).to_list()
         for image_id, row in zip(self.image_ids, rows, strict=True):
-            for caption in map(clean_caption, row["captions"]):
+            for caption in map(clean_caption, row["captions"][:per_record]):
                 if caption:
                     texts.append(caption)
                     positions.append(order[int(image_id)])

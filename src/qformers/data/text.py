@@ -89,9 +89,7 @@ class CaptionTokenizer:
         if len(ids) <= self.max_tokens:
             return ids
         if self.too_long == "error":
-            raise DataError(
-                f"caption has {len(ids)} tokens, the limit is {self.max_tokens}: it would be cut ({text[:60]!r}…)"
-            )
+            raise self._cut("caption", text, len(ids))
         self.cut_captions += 1
         return [*ids[: self.max_tokens - 1], self.sep_id]
 
@@ -105,9 +103,19 @@ class CaptionTokenizer:
         """Whether `text` has more tokens than the limit."""
         return len(self._ids(text)) > self.max_tokens
 
+    def check_length(self, text: str) -> None:
+        """Raise DataError if `text` is too long, whatever `too_long` says of captions."""
+        if (length := len(self._ids(text))) > self.max_tokens:
+            raise self._cut("text", text, length)
+
     def decode(self, ids: list[int] | Int[Tensor, " tokens"]) -> str:
         """The text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _cut(self, what: str, text: str, length: int) -> DataError:
+        return DataError(
+            f"{what} has {length} tokens, the limit is {self.max_tokens}: it would be cut ({text[:60]!r}…)"
+        )
 
     def _ids(self, text: str) -> list[int]:
         # verbose=False: transformers would warn that a long text cannot be run; the limit here is max_tokens.

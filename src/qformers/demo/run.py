@@ -35,7 +35,7 @@ from qformers.demo.recipe import (
 from qformers.demo.showcase import DemoRun, write_demo_report
 from qformers.demo.smollm2 import smollm2_folder
 from qformers.evaluation.retrieval import chance_metrics, retrieval_metrics
-from qformers.evaluation.run import RetrievalScores, score_retrieval
+from qformers.evaluation.run import Reranking, RetrievalScores, score_retrieval
 from qformers.models.saving import load_model
 from qformers.training.config import TrainConfig
 from qformers.training.features import precompute
@@ -144,10 +144,8 @@ def _stage1(
     with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
         model = load_model(result.model).stage1()
         with torch.autocast("cpu", torch.bfloat16):
-            scores = {
-                kind: score_retrieval(model, datasets[f"held_out_{kind}"], sizes.rerank, "itm+itc/temperature")
-                for kind in EVALUATED
-            }
+            how = Reranking(sizes.rerank, "itm+itc/temperature")
+            scores = {kind: score_retrieval(model, datasets[f"held_out_{kind}"], how) for kind in EVALUATED}
     return result, scores
 
 

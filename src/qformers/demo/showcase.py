@@ -176,19 +176,16 @@ def _captions(captions: DemoCaptions, dataset: CaptionDataset, demo: DemoRun) ->
 def _text_queries(scores: RetrievalScores, dataset: CaptionDataset, seed: int) -> list[TextQuery]:
     """Texts drawn by seed, half of them found at once, half not, with their best pictures."""
     assert scores.reranked is not None
-    ranking = scores.reranked.t2i
-    right = scores.text_to_image
-    order = np.argsort(-ranking, axis=0, kind="stable")
-    ranks = 1 + np.argmax(order == right[None, :], axis=0)
+    ranking, right = scores.reranked.t2i, scores.text_to_image
     queries = []
-    for text in _half_and_half(ranks, seed):
-        best = order[:SHOWN_CANDIDATES, text]
+    for text in _half_and_half(ranking.ranks, seed):
+        best = ranking.candidates[text, :SHOWN_CANDIDATES]
         queries.append(
             TextQuery(
                 text=scores.texts[text],
                 pictures=[_picture(dataset, int(image)) for image in best],
                 right=[bool(image == right[text]) for image in best],
-                rank=int(ranks[text]),
+                rank=int(ranking.ranks[text]),
                 right_picture=_picture(dataset, int(right[text])),
             )
         )
@@ -198,19 +195,22 @@ def _text_queries(scores: RetrievalScores, dataset: CaptionDataset, seed: int) -
 def _image_queries(scores: RetrievalScores, dataset: CaptionDataset, seed: int) -> list[ImageQuery]:
     """Pictures drawn by seed, half of them described at once, half not, with their best texts."""
     assert scores.reranked is not None
-    ranking = scores.reranked.i2t
-    order = np.argsort(-ranking, axis=1, kind="stable")
-    own = scores.text_to_image[order] == np.arange(len(ranking))[:, None]
-    ranks = 1 + np.argmax(own, axis=1)
+    ranking, itc = scores.reranked.i2t, scores.itc.numpy()
+    captioned = np.unique(scores.text_to_image)
     queries = []
-    for image in _half_and_half(ranks, seed):
+    for row in _half_and_half(ranking.ranks, seed):
+        image = int(captioned[row])
+        texts = ranking.candidates[image]
+        own = scores.text_to_image[texts] == image
+        all_own = np.flatnonzero(scores.text_to_image == image)
+        right = texts[own.argmax()] if own.any() else all_own[itc[image, all_own].argmax()]
         queries.append(
             ImageQuery(
                 picture=_picture(dataset, image),
-                texts=[scores.texts[text] for text in order[image, :SHOWN_CANDIDATES]],
-                right=[bool(own[image, place]) for place in range(SHOWN_CANDIDATES)],
-                rank=int(ranks[image]),
-                right_text=scores.texts[order[image, ranks[image] - 1]],
+                texts=[scores.texts[text] for text in texts[:SHOWN_CANDIDATES]],
+                right=[bool(is_own) for is_own in own[:SHOWN_CANDIDATES]],
+                rank=int(ranking.ranks[row]),
+                right_text=scores.texts[right],
             )
         )
     return queries

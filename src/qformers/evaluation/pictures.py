@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -17,24 +17,29 @@ from qformers.models.vision import VisionEncoder
 PICTURES_AT_ONCE = 32
 
 
-@torch.inference_mode()
 def patch_batches(
     encoder: VisionEncoder, view: ImageView, what: str = "encoding pictures"
 ) -> Iterator[Float[Tensor, "batch patches vision_dim"]]:
-    """Patch embeddings of all pictures, precomputed or computed now.
+    """Patch embeddings of all pictures, precomputed or computed now, batch by batch.
 
     Raises:
         DataError: a picture is broken; leaving it out would change the figures.
     """
-    device = next(encoder.parameters()).device
     starts = range(0, len(view), PICTURES_AT_ONCE)
     for start in track(starts, what, console=Console(stderr=True), transient=True):
-        batch = collate([view[row] for row in range(start, min(start + PICTURES_AT_ONCE, len(view)))])
-        if batch.broken:
-            broken = batch.broken[0]
-            raise DataError(f"{broken.name}: {broken.reason}: evaluation needs every picture; mend or remove it")
-        patches = batch.patch_embeds
-        if patches is None:
-            assert batch.pixel_values is not None
-            patches = encoder(batch.pixel_values.to(device))
-        yield patches
+        yield patches_of(encoder, view, range(start, min(start + PICTURES_AT_ONCE, len(view))))
+
+
+@torch.inference_mode()
+def patches_of(
+    encoder: VisionEncoder, view: ImageView, positions: Iterable[int]
+) -> Float[Tensor, "batch patches vision_dim"]:
+    """Patch embeddings of some pictures, which must fit into memory together. Raises as `patch_batches`."""
+    batch = collate([view[position] for position in positions])
+    if batch.broken:
+        broken = batch.broken[0]
+        raise DataError(f"{broken.name}: {broken.reason}: evaluation needs every picture; mend or remove it")
+    if batch.patch_embeds is not None:
+        return batch.patch_embeds
+    assert batch.pixel_values is not None
+    return encoder(batch.pixel_values.to(next(encoder.parameters()).device))

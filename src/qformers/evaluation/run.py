@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from qformers.convert.run import open_model
 from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset
+from qformers.data.features import records_fingerprint
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
 from qformers.errors import CheckpointError, DataError
-from qformers.evaluation.pictures import PICTURES_AT_ONCE, patch_batches
-from qformers.evaluation.retrieval import RerankedSimilarities, rerank_similarities, retrieval_metrics
-from qformers.evaluation.scoring import image_features, itc_similarities, match_logits, text_features
+from qformers.evaluation.pictures import patch_batches, patches_of
+from qformers.evaluation.rerank import Reranked, Rule, check_rule, rerank
+from qformers.evaluation.retrieval import metrics_of_ranks, retrieval_metrics
+from qformers.evaluation.score_file import ScoreFile, score_key
+from qformers.evaluation.scoring import Pairs, TextBatch, image_features, itc_similarities, match_parts, text_features
 from qformers.models.stage1 import Stage1Model
+from qformers.models.tensors import fingerprint
 
 
 @dataclass(frozen=True)
@@ -30,27 +39,39 @@ class RetrievalScores:
     texts: list[str]
     text_to_image: Int[np.ndarray, " texts"]
     itc: Float[Tensor, "images texts"]
-    reranked: RerankedSimilarities | None
+    reranked: Reranked | None
 
     def metrics(self) -> dict[str, float]:
         """`retrieval_metrics` of ITC alone."""
         return retrieval_metrics(self.itc, self.text_to_image)
 
     def reranked_metrics(self) -> dict[str, float]:
-        """`retrieval_metrics` after re-ranking; empty without it."""
-        if self.reranked is None:
-            return {}
-        return retrieval_metrics(self.reranked.i2t, self.text_to_image, self.reranked.t2i)
+        """The same figures after re-ranking; empty without it."""
+        return {} if self.reranked is None else metrics_of_ranks(self.reranked.i2t.ranks, self.reranked.t2i.ranks)
 
 
-def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -> dict[str, float]:
+@dataclass(frozen=True)
+class Reranking:
+    """How to re-rank: the `k` best by ITC, by `rule`; `scores` is the file that keeps ITM logits, if any."""
+
+    k: int = 128
+    rule: Rule = "itm+itc"
+    scores: str | Path | None = None
+
+
+def evaluate_retrieval(
+    model_path: str, source: SourceConfig, reranking: Reranking | None = None, captions_per_image: int | None = None
+) -> dict[str, float]:
     """Recall of the model saved in `model_path` on `source`, every caption and every picture a query.
 
-    With `rerank` = k the k best by ITC are re-ranked by ITM logit + ITC similarity, under `reranked_*` keys.
+    Figures after re-ranking are under `reranked_*` keys. `captions_per_image` = n leaves out all but the first n
+    captions of each record: five in the tables of COCO and Flickr30K.
 
     Raises:
-        CheckpointError: no model there. DataError: as `score_retrieval`.
+        CheckpointError: no model there. ConfigError: an unknown rule. DataError: as `score_retrieval`.
     """
+    if reranking is not None:
+        check_rule(reranking.rule)
     loaded = open_model(model_path)
     model = loaded.stage1()
     if loaded.tokenizer is None:
@@ -58,44 +79,77 @@ def evaluate_retrieval(model_path: str, source: SourceConfig, rerank: int = 0) -
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = CaptionTokenizer.from_pretrained(loaded.tokenizer)
     dataset = CaptionDataset(open_source(source), tokenizer, transform_for(model.vision_encoder), train=False)
-    scores = score_retrieval(model, dataset, rerank)
+    scores = score_retrieval(model, dataset, reranking, captions_per_image)
     counts = {"images": float(scores.itc.shape[0]), "texts": float(scores.itc.shape[1])}
     reranked = {f"reranked_{name}": value for name, value in scores.reranked_metrics().items()}
     return counts | scores.metrics() | reranked
 
 
 def score_retrieval(
-    model: Stage1Model, dataset: CaptionDataset, rerank: int = 0, rule: str = "itm+itc"
+    model: Stage1Model,
+    dataset: CaptionDataset,
+    reranking: Reranking | None = None,
+    captions_per_image: int | None = None,
 ) -> RetrievalScores:
-    """ITC similarities of all pairs of `dataset`, and with `rerank` = k > 0 re-ranked scores of the k best.
+    """ITC similarities of all pairs of `dataset`, and with `reranking` the best of them re-ranked.
+
+    Patch embeddings are never all in memory: to re-rank, pictures are read and encoded a second time, a few at a
+    time, which is little work beside scoring their candidates. ITC's similarities are (4 bytes a pair).
 
     `rule` is one of `retrieval.RERANKING_RULES`.
 
     Raises:
         DataError: a picture is broken or a caption empty; leaving out a candidate would flatter the figures.
     """
-    captions, tokenizer = dataset.captions(), dataset.tokenizer
+    captions, tokenizer = dataset.captions(captions_per_image), dataset.tokenizer
     assert isinstance(tokenizer, CaptionTokenizer), "retrieval compares texts of the Q-Former's own tokenizer"
     if captions.empty:
         raise DataError(f"{len(captions.empty)} captions are empty, such as that of {captions.empty[0]}: mend them")
-    # In bf16, as a feature store keeps them: all of them stay in memory.
-    patches = torch.cat([part.bfloat16().cpu() for part in patch_batches(model.vision_encoder, dataset.images())])
-    images = image_features(model, _on_device(model, patches))
+    if not captions.texts:
+        raise DataError("the data set has no captions: retrieval needs texts")
+    device = model.temperature.device
+    batches = patch_batches(model.vision_encoder, dataset.images())
+    images = image_features(model, (patches.to(device) for patches in batches))
     similarities = itc_similarities(images, text_features(model, tokenizer.encode, captions.texts))
     reranked = None
-    if rerank:
-        reranked = rerank_similarities(
+    if reranking is not None:
+        reranked = rerank(
             similarities,
-            lambda image, text: match_logits(
-                model, tokenizer.encode, lambda row: patches[row : row + 1], captions.texts, (image, text)
-            )[:, 1],
-            k=rerank,
-            rule=rule,
+            captions.text_to_image,
+            lambda image, text: _match_logits(model, dataset, captions.texts, (image, text), reranking.scores),
+            k=reranking.k,
+            rule=reranking.rule,
             temperature=model.temperature.item(),
         )
     return RetrievalScores(captions.texts, captions.text_to_image, similarities, reranked)
 
 
-def _on_device(model: Stage1Model, patches: Tensor) -> Iterator[Tensor]:
-    for part in patches.split(PICTURES_AT_ONCE):
-        yield part.to(model.temperature.device)
+def _match_logits(
+    model: Stage1Model, dataset: CaptionDataset, texts: list[str], pairs: Pairs, scores: str | Path | None
+) -> Float[np.ndarray, "pairs 2"]:
+    """ITM logits with a progress bar; those that the file `scores` has are not computed again."""
+    tokenizer = dataset.tokenizer
+    assert isinstance(tokenizer, CaptionTokenizer)
+    encoded = tokenizer.encode(texts)
+    if scores is None:
+        return np.concatenate(list(_parts(model, dataset, encoded, pairs, 0)))
+    records: Any = dataset.records.select(dataset.first_records)
+    # Of precomputed features the pictures are not read; the store has vouched for them.
+    pictures = records_fingerprint(records) if dataset.features is None else json.dumps(records["name"][:])
+    key = score_key(fingerprint(model.state_dict()), texts, pictures, pairs)
+    file = ScoreFile(scores, key, len(pairs[0]))
+    file.append(_parts(model, dataset, encoded, pairs, file.done), file.done)
+    return file.read()
+
+
+def _parts(
+    model: Stage1Model, dataset: CaptionDataset, texts: TextBatch, pairs: Pairs, start: int
+) -> Iterator[Float[np.ndarray, "part 2"]]:
+    view, images = dataset.images(), pairs[0]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("re-ranking pairs", total=len(images), completed=start)
+        rest = (images[start:], pairs[1][start:])
+        for done, logits in match_parts(model, lambda rows: patches_of(model.vision_encoder, view, rows), texts, rest):
+            progress.update(task, completed=start + done)
+            yield logits.numpy()

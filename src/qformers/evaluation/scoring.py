@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from qformers.objectives.itc import max_over_queries
 
 TextBatch = tuple[Int[Tensor, "texts tokens"], Bool[Tensor, "texts tokens"]]
 Encode = Callable[[list[str]], TextBatch]
-PAIRS_AT_ONCE = 256
+Pairs = tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]  # image indices, text indices
+PatchesOf = Callable[[list[int]], Float[Tensor, "images patches vision_dim"]]
+IMAGES_AT_ONCE = 16  # keys and values of one image at full size are 10 MB
+PAIRS_AT_ONCE = 64
 
 
 @torch.inference_mode()
@@ -46,24 +50,41 @@ def itc_similarities(
     return torch.cat([max_over_queries(part, texts) for part in images.split(rows)])
 
 
-@torch.inference_mode()
-def match_logits(
-    model: Stage1Model,
-    encode: Encode,
-    patch_embeds: Callable[[int], Float[Tensor, "1 patches vision_dim"]],
-    texts: Sequence[str],
-    pairs: tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]],
-) -> Float[Tensor, "pairs 2"]:
-    """ITM logits of (image index, text index) pairs, sorted by image: an image's keys are computed once."""
+def match_logits(model: Stage1Model, patches_of: PatchesOf, texts: TextBatch, pairs: Pairs) -> Float[Tensor, "pairs 2"]:
+    """ITM logits of (image index, text index) pairs, on the CPU. Pairs in order of images take the least work."""
+    parts = [logits for _, logits in match_parts(model, patches_of, texts, pairs)]
+    return torch.cat([torch.empty(0, 2), *parts])
+
+
+def match_parts(
+    model: Stage1Model, patches_of: PatchesOf, texts: TextBatch, pairs: Pairs
+) -> Iterator[tuple[int, Float[Tensor, "part 2"]]]:
+    """`match_logits` of consecutive parts of the pairs, and how many pairs are then done: at most IMAGES_AT_ONCE
+    images each.
+
+    Memory is bounded by the part, whatever the number of pairs. An image's keys and values are computed once
+    per part; pairs of the part are batched by length over its images, so that hardly anything is padding.
+    """
     images, chosen = pairs
+    runs = np.flatnonzero(np.diff(images, prepend=-1))  # where another image begins
+    bounds = [*runs[::IMAGES_AT_ONCE], len(images)]
+    for start, stop in itertools.pairwise(bounds):
+        yield int(stop), _match_part(model, patches_of, texts, (images[start:stop], chosen[start:stop]))
+
+
+@torch.inference_mode()
+def _match_part(model: Stage1Model, patches_of: PatchesOf, texts: TextBatch, pairs: Pairs) -> Float[Tensor, "part 2"]:
     device = model.temperature.device
-    logits = torch.empty(len(images), 2)
-    starts = np.flatnonzero(np.diff(images, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(images)], strict=True):
-        memory = model.remember(patch_embeds(int(images[start])).to(device))
-        own = np.array(sorted(range(start, stop), key=lambda pair: len(texts[int(chosen[pair])])))
-        for part in np.array_split(own, -(-len(own) // PAIRS_AT_ONCE)):
-            input_ids, attention_mask = encode([texts[int(chosen[pair])] for pair in part])
-            scored = model.match_logits([memory.shared_by(len(part))], input_ids.to(device), attention_mask.to(device))
-            logits[torch.from_numpy(part)] = scored.float().cpu()
+    distinct, rows = np.unique(pairs[0], return_inverse=True)
+    memory = model.remember(patches_of([int(image) for image in distinct]).to(device))
+    input_ids, attention_mask = (part[torch.from_numpy(pairs[1])] for part in texts)
+    lengths = attention_mask.sum(dim=1)
+    by_length = np.lexsort((rows, lengths.numpy()))
+    logits = torch.empty(len(rows), 2)
+    for batch in np.array_split(by_length, -(-len(by_length) // PAIRS_AT_ONCE)):
+        batch = batch[np.argsort(rows[batch], kind="stable")]
+        ids, mask = (part[batch, : int(lengths[batch].max())].to(device) for part in (input_ids, attention_mask))
+        shown, counts = np.unique(rows[batch], return_counts=True)
+        memories = [memory.one(int(row)).shared_by(int(count)) for row, count in zip(shown, counts, strict=True)]
+        logits[batch] = model.match_logits(memories, ids, mask).float().cpu()
     return logits

@@ -39,6 +39,13 @@ class ImageMemory:
             keys=tuple(key[:images] for key in self.keys), values=tuple(value[:images] for value in self.values)
         )
 
+    def one(self, image: int) -> ImageMemory:
+        """The memory of a single image (a view, not a copy)."""
+        return ImageMemory(
+            keys=tuple(key[image : image + 1] for key in self.keys),
+            values=tuple(value[image : image + 1] for value in self.values),
+        )
+
     def select(self, images: Int[Tensor, " selected"]) -> ImageMemory:
         """The memory of the chosen images, copied (an image may be chosen more than once)."""
         return ImageMemory(

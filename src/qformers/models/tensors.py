@@ -7,9 +7,10 @@ that could run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ def open_pickle(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: damaged, or no zip as torch.save writes since PyTorch 1.6: fetch it again, or save it again"
         ) from error
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes of weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_shards(

@@ -7,7 +7,6 @@ follows.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from qformers.errors import CheckpointError, ConfigError
+from qformers.models.tensors import fingerprint
 from qformers.models.vision_families import FAMILIES, ConvolutionalBody, Family, Geometry, TransformerBody
 
 DEFAULT_IMAGE_PX = 224
@@ -130,13 +130,8 @@ class VisionEncoder(nn.Module):
         return cls(body, geometry, config, **fields).to(getattr(torch, description["dtype"])).eval()
 
     def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes and bytes of the weights in use."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """`tensors.fingerprint` of the weights in use."""
+        return fingerprint(self.state_dict())
 
 
 def build_vision_encoder(
