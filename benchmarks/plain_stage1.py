@@ -68,6 +68,21 @@ def plain_losses(
     return {"itc": itc, "itm": itm, "itg": itg}
 
 
+@torch.inference_mode()
+def plain_match_logits(model: Stage1Model, patch_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """ITM logits of one image with some texts, the image repeated for each and projected anew in every row."""
+    rows = input_ids.shape[0]
+    visible = torch.cat([attention_mask.new_ones(rows, model.qformer.num_queries), attention_mask], dim=1)
+    outputs, _, _ = run_blocks(
+        model,
+        model.qformer.query_tokens.expand(rows, -1, -1),
+        model.qformer.text_embeddings(input_ids),
+        additive(visible[:, None, None, :]),
+        model.vision_norm(patch_embeds.float()).repeat(rows, 1, 1),
+    )
+    return model.itm_head(outputs).mean(dim=1)
+
+
 def run_blocks(
     model: Stage1Model,
     queries: Tensor | None,

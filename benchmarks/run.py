@@ -11,9 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attention
+import rerank
 import stage1_step
 
-BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {"attention": attention.run, "stage1_step": stage1_step.run}
+BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
+    "attention": attention.run,
+    "rerank": rerank.run,
+    "stage1_step": stage1_step.run,
+}
 
 
 def main() -> None:
