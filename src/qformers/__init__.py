@@ -9,8 +9,9 @@ from qformers.version import __version__
 if TYPE_CHECKING:
     from qformers.predictor import Predictor as Predictor
     from qformers.predictor import load as load
+    from qformers.search.index import Index as Index
 
-__all__ = ["Predictor", "__version__", "load"]
+__all__ = ["Index", "Predictor", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from qformers import predictor
 
         return getattr(predictor, name)
+    if name == "Index":
+        from qformers.search.index import Index
+
+        return Index
     raise AttributeError(f"module 'qformers' has no attribute {name!r}")
