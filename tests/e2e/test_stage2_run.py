@@ -189,7 +189,7 @@ def test_bad_input_gets_one_line(run, data, tmp_path, capsys, monkeypatch):
         train(replace(config, output=str(tmp_path / "a"), model=replace(config.model, num_queries=5)))
     with pytest.raises(ConfigError, match="stage 2 needs start"):
         replace(config, start=None)
-    with pytest.raises(ConfigError, match="belong to stage 2"):
+    with pytest.raises(ConfigError, match="belongs to stage 2"):
         replace(config, stage=1)
     with pytest.raises(ConfigError, match="there is no such folder"):
         train(replace(config, output=str(tmp_path / "b"), language=LanguageConfig(path=str(tmp_path / "none"))))

@@ -228,16 +228,20 @@ def write_description(folder: Path, description: dict[str, Any], card: str) -> N
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def start_from(model: Stage2Model, folder: str | Path) -> None:
+def start_from(model: Stage1Model | Stage2Model, folder: str | Path) -> None:
     """Fill `model` from the run or saved model `folder`: the image encoder, `vision_norm` and the Q-Former.
 
-    Of a stage-1 model the heads are left out; of a stage-2 model the projection comes too, if it has this width.
+    A stage-1 model takes the heads and the temperature of a stage-1 model too. A stage-2 model leaves those out, and
+    takes the projection of a stage-2 model, if it has this width.
 
     Raises:
-        CheckpointError: no such model, or one with another image encoder or Q-Former; names what does not fit.
+        CheckpointError: no such model, one of stage 2 where stage 1 is to go on, or one with another image encoder or
+        Q-Former; names what does not fit.
     """
     folder = model_folder(folder)
     description = read_description(folder)
+    if isinstance(model, Stage1Model) and description["format"] != FORMATS[1]:
+        raise CheckpointError(f"{folder}: is of stage 2 and has no heads for retrieval: start from a stage-1 run")
     state = open_tensors(folder)
     stored = state.described
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}

@@ -97,7 +97,8 @@ class TrainConfig:
     stage: Literal[1, 2] = 1
     """1: ITC + ITM + ITG, no language model. 2: visual prompts of the frozen language model of `language`."""
     start: str | None = None
-    """Stage 2: the run or saved model whose image encoder and Q-Former go on, of stage 1 or 2."""
+    """The run or saved model that goes on. Stage 1, to fine-tune for retrieval: of stage 1, whole. Stage 2: of stage 1
+    or 2, its image encoder and Q-Former."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     """Stage 2: the language model. Its path may be left out when `start` is of stage 2 and has one."""
     objectives: Stage1LossConfig = field(default_factory=Stage1LossConfig)
@@ -135,8 +136,8 @@ class TrainConfig:
             raise ConfigError(f"precision is {self.precision!r}: must be bf16 or fp32")
         if self.stage not in (1, 2):
             raise ConfigError(f"stage is {self.stage!r}: must be 1 or 2")
-        if self.stage == 1 and (self.start is not None or self.language.path is not None):
-            raise ConfigError("start and language.path belong to stage 2: set stage to 2, or leave them out")
+        if self.stage == 1 and self.language.path is not None:
+            raise ConfigError("language.path belongs to stage 2: set stage to 2, or leave it out")
         if self.stage == 2 and self.start is None:
             raise ConfigError("stage 2 needs start: the stage-1 run whose Q-Former goes on, e.g. --start runs/stage1")
         if self.model.train_vision_encoder and self.data.features is not None:

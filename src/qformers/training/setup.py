@@ -112,7 +112,7 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
         validation_data = CaptionDataset(held_out, captions, transform, train=False, seed=config.seed, features=None)
 
     model = objective.model.to(accelerator.device).train()
-    if config.stage == 1 and config.model.standardise_patches and checkpoint is None:
+    if config.stage == 1 and config.model.standardise_patches and config.start is None and checkpoint is None:
         _standardise_patches(objective.model, train_data, accelerator.device)
     optimiser = build_optimiser(model, config.optimiser)
     first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
@@ -123,8 +123,12 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
 def _stage1(
     config: TrainConfig, tokenizer: CaptionTokenizer, encoder: VisionEncoder
 ) -> tuple[Stage1Objective, CaptionTokenizer, None]:
-    """The three losses around a fresh model, and the tokenizer that batches are made with."""
-    model = build_stage1(config.model, tokenizer.vocab_size, encoder)
+    """The three losses around a model, fresh or from `config.start`, and the tokenizer of its batches."""
+    # A start has all weights: BERT's would be read for nothing.
+    settings = config.model if config.start is None else replace(config.model, start_from_text_encoder=False)
+    model = build_stage1(settings, tokenizer.vocab_size, encoder)
+    if config.start is not None:
+        start_from(model, config.start)
     return Stage1Objective(model, config.objectives), tokenizer, None
 
 
