@@ -96,7 +96,7 @@ def expected_scores(logits: np.ndarray, itc: np.ndarray, rule: str) -> np.ndarra
     return {
         "itm": logits[..., 1],
         "itm+itc": logits[..., 1] + itc,
-        "itm+itc/temperature": logits[..., 1] - logits[..., 0] + itc / 0.25,
+        "itm+itc/temperature": logits[..., 1] + itc / 0.25,
     }[rule]
 
 

@@ -28,7 +28,7 @@ def _retrieval_options(parser: ArgumentParser) -> None:
         type=Literal["itm", "itm+itc", "itm+itc/temperature"],
         default="itm+itc",
         help="What re-ranking goes by. itm: the match logit (the paper); itm+itc: plus the cosine (the authors' code); "
-        "itm+itc/temperature: the log-odds of both heads.",
+        "itm+itc/temperature: plus ITC's own logit, for a model whose ITM is the weaker head.",
     )
     parser.add_argument(
         "--scores", type=str, metavar="FILE", help="Keep the ITM scores here: killed, the same command goes on there."

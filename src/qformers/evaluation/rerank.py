@@ -109,7 +109,8 @@ def pair_scores(
     """What pairs are ranked by, in float64.
 
     "itm": the match logit, the paper's ITM score. "itm+itc": match logit + cosine, as the authors' code.
-    "itm+itc/temperature": the log-odds of both heads, match logit - no-match logit + cosine / temperature.
+    "itm+itc/temperature": match logit + cosine / temperature, both logits then: where ITM is the weaker head, as after
+    a short run, it does not drown ITC.
     """
     check_rule(rule, temperature)
     logits, cosines = logits.astype(np.float64), cosines.astype(np.float64)
@@ -118,7 +119,7 @@ def pair_scores(
     if rule == "itm+itc":
         return logits[:, 1] + cosines
     assert temperature is not None, "check_rule"
-    return logits[:, 1] - logits[:, 0] + cosines / temperature
+    return logits[:, 1] + cosines / temperature
 
 
 def check_rule(rule: str, temperature: float | None = 1.0) -> None:
