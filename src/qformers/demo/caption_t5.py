@@ -21,14 +21,14 @@ from qformers.data.text import clean_caption, pad
 from qformers.demo.assets import atomic_folder
 from qformers.models.vision import quiet_loading
 
-STEPS, BATCH, PEAK_LR, WARMUP = 600, 64, 2e-3, 50
+BATCH, PEAK_LR, WARMUP = 64, 2e-3, 50
 MISSING_WORDS = 0.2
 LOGGED_STEPS = 100
 
 logger = logging.getLogger(__name__)
 
 
-def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, seed: int) -> Path:
+def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, seed: int, steps: int) -> Path:
     """Train the T5 on `captions` unless `folder` holds it already; a Hugging Face folder with the BERT's tokenizer.
 
     Args:
@@ -40,7 +40,7 @@ def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, s
     tokenizer = AutoTokenizer.from_pretrained(vocabulary, eos_token="[SEP]")
     model = _new_model(tokenizer)
     texts = sorted({clean_caption(caption) for caption in captions} - {""})
-    _train(model, tokenizer, texts, np.random.default_rng(seed))
+    _train(model, tokenizer, texts, np.random.default_rng(seed), steps)
     with atomic_folder(folder) as partial, quiet_loading():
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -68,13 +68,14 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     generator: np.random.Generator,
+    steps: int,
 ) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+        optimiser, lambda step: min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
     )
     model.train()
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         chosen = [texts[row] for row in generator.integers(len(texts), size=BATCH)]
         read, mask = _ids([_scrambled(text, generator) for text in chosen], tokenizer)
         said, said_mask = _ids(chosen, tokenizer)
@@ -88,7 +89,7 @@ def _train(
         schedule.step()
         optimiser.zero_grad()
         if step % LOGGED_STEPS == 0:
-            logger.info("caption T5: step %d/%d, loss %.3f", step, STEPS, loss.item())
+            logger.info("caption T5: step %d/%d, loss %.3f", step, steps, loss.item())
     model.eval()
 
 

@@ -28,6 +28,7 @@ class DemoSize:
     num_queries: int
     rerank: int
     itm_fraction: float
+    t5_steps: int
     captioning_steps: dict[LanguageModelName, int]
     captioning_batch_size: int
 
@@ -41,6 +42,7 @@ STANDARD = DemoSize(
     num_queries=8,
     rerank=16,
     itm_fraction=0.25,
+    t5_steps=600,
     captioning_steps={"smollm2": 400, "t5": 1000},  # as many minutes
     captioning_batch_size=32,
 )
@@ -54,6 +56,7 @@ SIZES: dict[Size, DemoSize] = {
         num_queries=8,
         rerank=8,
         itm_fraction=1.0,
+        t5_steps=60,
         captioning_steps={"smollm2": 8, "t5": 8},
         captioning_batch_size=16,
     ),
@@ -74,11 +77,11 @@ def demo_recipe(
 ) -> TrainConfig:
     """The stage-1 run of the demo: the paper's three objectives on a small frozen encoder and a small BERT.
 
-    Deviations from the paper, all for a run of minutes instead of days: 10 × its learning rate for fresh weights (2 ×
-    for the BERT's), `vision_norm` started from the pictures, without which the queries become alike, no dropout, one
-    precomputed view of each picture, ITC alone at first, then ITM on a part of each batch with half of its negatives
-    easy ones, without which it does not leave chance in so few steps, and a temperature kept at 0.1, which names
-    unseen words better.
+    Deviations from the paper, all for a run of minutes instead of days: 10 × its learning rate for fresh weights (the
+    BERT's learn at the paper's), `vision_norm` started from the pictures, without which the queries become alike, no
+    dropout, one precomputed view of each picture, ITC alone at first, then ITM on a part of each batch with half of
+    its negatives easy ones, without which it does not leave chance in so few steps, and a temperature kept at 0.1,
+    which names unseen words better.
     """
     return TrainConfig(
         output=str(output),

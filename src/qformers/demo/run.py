@@ -71,7 +71,7 @@ class Stopwatch:
 
 
 def run_demo(
-    output: Path, size: Size = "standard", seed: int = 0, language_model: LanguageModelName = "smollm2"
+    output: Path, size: Size = "standard", seed: int = 0, language_model: LanguageModelName = "t5"
 ) -> dict[str, Any]:
     """Train a Q-Former on real pictures, set it beside a ridge regression, then let a language model speak for it.
 
@@ -111,7 +111,7 @@ def run_demo(
     with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
         ridge = _ridge(datasets, stores, text_encoder)
     result, scores = _stage1(sizes, recipes["train"], datasets, watch)
-    speaker = speaker or _caption_t5(data, text_encoder, output, seed, watch)
+    speaker = speaker or _caption_t5(data, text_encoder, output, seed, sizes.t5_steps, watch)
     captioning = demo_captioning_recipe(
         sizes,
         recipes["train"],
@@ -158,14 +158,14 @@ def _stage2(recipe: TrainConfig, scenes: CaptionDataset, data: DemoData, watch: 
         return caption_held_out_scenes(result, scenes, [[thing["name"] for thing in row["objects"]] for row in rows])
 
 
-def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, watch: Stopwatch) -> Path:
+def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, steps: int, watch: Stopwatch) -> Path:
     """The demo's own encoder-decoder, taught the training captions."""
     from qformers.demo.caption_t5 import caption_t5_folder
 
     with watch.phase("language_model", "a small T5 learns the training captions, then is frozen"):
         lines = data.records("train").read_text(encoding="utf-8").splitlines()
         captions = [caption for line in lines for caption in json.loads(line)["captions"]]
-        return caption_t5_folder(captions, vocabulary, output / "t5", seed)
+        return caption_t5_folder(captions, vocabulary, output / "t5", seed, steps)
 
 
 def _dataset(recipe: TrainConfig, store: FeatureStore | None) -> CaptionDataset:
