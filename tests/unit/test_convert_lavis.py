@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ import qformers
 from qformers.cli import main
 from qformers.convert.run import convert
 from qformers.errors import CheckpointError, ConfigError
-from qformers.models.config import FrozenParts
+from qformers.models.config import FrozenParts, LanguageConfig
+from qformers.models.language import build_language_model
 
 
 def bert_folder(folder: Path) -> Path:
@@ -105,6 +108,49 @@ def test_stage_1_s_heads_have_the_names_that_lavis_gives_them(tmp_path):
     assert "differ, and must be one weight" in one_line(tmp_path / "torn.pth")
 
 
+def test_a_head_that_was_grown_for_dec_has_the_bias_that_was_trained(tmp_path):
+    """Under newer releases of transformers LAVIS leaves BERT's own bias behind, one word shorter and never read."""
+    save_toy("retrieval", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "lavis.pth", "lavis")
+    loaded = torch.load(tmp_path / "lavis.pth", weights_only=True)
+    state, head = loaded["model"], "Qformer.cls.predictions"
+    trained = torch.randn(BERT_VOCABULARY)
+    grown = state | {f"{head}.bias": torch.zeros(BERT_VOCABULARY - 1), f"{head}.decoder.bias": trained}
+    torch.save(loaded | {"model": grown}, tmp_path / "grown.pth")
+    parts = {"text_encoder": str(bert_folder(tmp_path / "bert"))}
+    assert torch.equal(qformers.load(tmp_path / "grown.pth", **parts).model.itg_head.bias, trained)
+    torch.save(loaded | {"model": state | {f"{head}.decoder.bias": trained}}, tmp_path / "torn.pth")
+    assert "differ, and must be one weight" in one_line(tmp_path / "torn.pth", **parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remains"),
+    [
+        ("opt", ["opt_model.lm_head.weight"]),
+        ("t5", ["t5_model.encoder.embed_tokens.weight", "t5_model.decoder.embed_tokens.weight"]),
+        ("instruct_llama", ["llm_model.model.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ],
+)
+def test_remains_of_a_frozen_language_model_are_passed_over_and_a_trained_one_is_refused(kind, remains, tmp_path):
+    """LAVIS takes frozen parameters out by name: buffers stay, and the second name of a shared weight."""
+    theirs = save_toy(kind, tmp_path / "hf")
+    theirs.language_model.save_pretrained(tmp_path / "language")
+    as_lavis_wrote(tmp_path / "hf", tmp_path / "lavis.pth", with_encoder=True)
+    parts = {
+        "vision_encoder": str(tmp_path / "hf"),
+        "language_model": str(tmp_path / "language"),
+        "text_encoder": str(bert_folder(tmp_path / "bert")),
+    }
+    state = torch.load(tmp_path / "lavis.pth", weights_only=True)["model"]
+    torch.save({"model": state | dict.fromkeys(remains, torch.ones(2))}, tmp_path / "remains.pth")
+    ours, again = (qformers.load(tmp_path / name, **parts).model for name in ("lavis.pth", "remains.pth"))
+    found = again.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in ours.state_dict().items())
+    name = f"{remains[0].partition('.')[0]}.trained.weight"
+    torch.save({"model": state | {name: torch.ones(2)}}, tmp_path / "trained.pth")
+    assert f"have no place in this model, first {name}" in one_line(tmp_path / "trained.pth", **parts)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("with_encoder", [False, True], ids=["frozen", "fine-tuned"])
 @pytest.mark.parametrize("kind", ["retrieval", "opt", "t5", "llama", "instruct_llama", "instruct_t5"])
@@ -180,6 +226,27 @@ def test_lavis_without_a_text_encoder_within_reach(tmp_path, caplog):
     assert model.encode_image(toy_pixels(1)).features.shape == (1, QUERIES, 16)
     with pytest.raises(CheckpointError, match="has no tokenizer of the Q-Former's"):
         model.encode_text("a")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "language_model"])
+def test_code_that_a_named_folder_brings_does_not_run(part, tmp_path, monkeypatch):
+    """Nobody is asked whether it may, which transformers does by itself."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    save_toy("opt" if part == "language_model" else "retrieval", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "lavis.pth", "lavis")
+    parts = {"text_encoder": str(bert_folder(tmp_path / "bert"))}
+    shutil.copytree(tmp_path / "bert", tmp_path / "own")
+    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    (tmp_path / "own" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (tmp_path / "own" / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'it_ran')!r})\n")
+    parts |= {part: str(tmp_path / "own")}
+    if part == "text_encoder":
+        qformers.load(tmp_path / "lavis.pth", **parts)
+    else:
+        assert "holds no language model" in one_line(tmp_path / "lavis.pth", **parts)
+        with pytest.raises(ConfigError, match="custom code"):
+            build_language_model(LanguageConfig(path=str(tmp_path / "own")), 2, 1)
+    assert not (tmp_path / "it_ran").exists()
 
 
 def test_a_bias_of_keys_is_left_out_and_changes_no_output(tmp_path, caplog):

@@ -165,7 +165,7 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises CheckpointError if it cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({one_line(error)})") from error
 

@@ -64,11 +64,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises CheckpointError if it is missing or no JSON."""
     path = folder / CONFIG_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{folder}: no model here, config.json is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}): fetch it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no settings by name: fetch it again")
+    return found
 
 
 def read_huggingface(folder: Path, name: str) -> Checkpoint:
@@ -90,6 +93,10 @@ def read_huggingface(folder: Path, name: str) -> Checkpoint:
     extra, notes = in_memory({}), {}
     if (folder / EXTRA_FILE).is_file():
         extra, metadata = open_safetensors(folder / EXTRA_FILE)
+        if EXTRA_KEY not in metadata:
+            raise CheckpointError(
+                f"{folder / EXTRA_FILE}: its metadata, our settings, is gone: remove the file, or copy it again"
+            )
         notes = json.loads(metadata[EXTRA_KEY])
         description = notes["description"]
     else:
@@ -209,15 +216,20 @@ def _describe_language(config: Any, architecture: str, name: str, tokenizer: Pat
     end_id = first_id(config.text_config.eos_token_id)
     if end_id is None:
         raise CheckpointError(f"{name}: its language model has no eos_token_id in text_config: a caption would not end")
-    pad_id = first_id(config.text_config.pad_token_id)
     language = LanguageConfig(path=name, end_token=end_token(tokenizer, end_id))
-    ids = {"end_id": end_id, "pad_id": end_id if pad_id is None else pad_id}
+    ids = {"end_id": end_id, "pad_id": padding_id(config.text_config, end_id)}
     return asdict(language) | ids | {"reads_instructions": architecture == INSTRUCT}
 
 
 def first_id(ids: int | list[int] | None) -> int | None:
     """A token's id where a config may have several."""
     return ids[0] if isinstance(ids, list) else ids
+
+
+def padding_id(config: Any, end_id: int) -> int:
+    """What fills up a language model's shorter texts; −1, as older Vicunas have it, is no token."""
+    pad_id = first_id(config.pad_token_id)
+    return end_id if pad_id is None or pad_id < 0 else pad_id
 
 
 def end_token(tokenizer: Path | None, end_id: int) -> str | None:

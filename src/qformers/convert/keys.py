@@ -177,6 +177,16 @@ LAVIS_TWINS = {
 # 0, 1, 2, …
 LAVIS_POSITIONS = "Qformer.bert.embeddings.position_ids"
 
+# LAVIS leaves out frozen parameters by name, and so keeps what is not a parameter, and the second names of shared ones.
+LAVIS_FROZEN_REMAINS = frozenset(
+    {
+        "opt_model.lm_head.weight",
+        "t5_model.encoder.embed_tokens.weight",
+        "t5_model.decoder.embed_tokens.weight",
+    }
+)
+LAVIS_ROTATIONS = "rotary_emb.inv_freq"
+
 
 def lavis_table(vision_family: str, projection: str | None) -> Table:
     """LAVIS's names: with the heads of stage 1, or with a `projection` of stage 2 (one of `LAVIS_PROJECTIONS`)."""

@@ -31,8 +31,15 @@ from qformers.convert.checkpoint import (
     own_weights,
     skeleton,
 )
-from qformers.convert.huggingface import description_of, first_id, read_config
-from qformers.convert.keys import LAVIS_POSITIONS, LAVIS_PROJECTIONS, LAVIS_TWINS, lavis_table
+from qformers.convert.huggingface import description_of, first_id, padding_id, read_config
+from qformers.convert.keys import (
+    LAVIS_FROZEN_REMAINS,
+    LAVIS_POSITIONS,
+    LAVIS_PROJECTIONS,
+    LAVIS_ROTATIONS,
+    LAVIS_TWINS,
+    lavis_table,
+)
 from qformers.convert.rename import to_ours, to_theirs
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import FrozenParts, LanguageConfig, ModelConfig
@@ -119,7 +126,7 @@ def write_lavis(checkpoint: Checkpoint, path: Path) -> None:
     """Write a .pth that LAVIS's `load_checkpoint` takes: as LAVIS does, without the language model.
 
     Raises:
-        ConfigError: an image encoder that LAVIS does not have.
+        ConfigError: an image encoder that LAVIS does not have. CheckpointError: it could not be written.
     """
     check(checkpoint)
     description = checkpoint.description
@@ -140,14 +147,24 @@ def write_lavis(checkpoint: Checkpoint, path: Path) -> None:
     state |= {twin: state[name] for twin, name in LAVIS_TWINS.items() if name in state and projection is None}
     state[LAVIS_POSITIONS] = torch.arange(description["qformer"]["max_positions"])[None]
     # LAVIS reads "model" alone; what its names do not tell is beside it.
-    torch.save({"model": state, NOTES: description}, path)
+    try:
+        torch.save({"model": state, NOTES: description}, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise CheckpointError(f"{path}: could not be written ({one_line(error)}): free some space") from error
 
 
 def _without_twins(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`state` with each weight once, and without what is left in it of a frozen language model."""
+    without = {*LAVIS_TWINS, *LAVIS_FROZEN_REMAINS, LAVIS_POSITIONS}
+    kept = {name: tensor for name, tensor in state.items() if name not in without and LAVIS_ROTATIONS not in name}
     for twin, name in LAVIS_TWINS.items():
-        if twin in state and not torch.equal(state[twin], state[name]):
+        if twin not in state or (name in state and torch.equal(state[twin], state[name])):
+            continue
+        if name not in state or state[twin].shape == state[name].shape or state[twin].dim() > 1:
             raise CheckpointError(f"{path}: {twin} and {name} differ, and must be one weight: it is damaged")
-    return {name: tensor for name, tensor in state.items() if name not in (*LAVIS_TWINS, LAVIS_POSITIONS)}
+        # Newer releases of transformers grow the head for [DEC] and leave behind BERT's bias, which nothing reads.
+        kept[name] = state[twin]
+    return kept
 
 
 def _text_encoder(source: str) -> tuple[Path | None, PretrainedConfig | None]:
@@ -157,7 +174,7 @@ def _text_encoder(source: str) -> tuple[Path | None, PretrainedConfig | None]:
     except ConfigError:
         return None, None
     try:
-        bert = AutoConfig.from_pretrained(folder)
+        bert = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         bert = None
     return folder_with(folder, *TOKENIZER_FILES), bert
@@ -293,6 +310,5 @@ def _describe_language(language: LanguageSource, parts: FrozenParts, projection:
         end_id = ids[0]
     if end_id is None:
         raise ConfigError(f"{parts.language_model}: has no eos_token_id: a caption would not end")
-    pad_id = first_id(config.pad_token_id)
     settings = LanguageConfig(path=parts.language_model, end_token=text if len(ids) == 1 else None)
-    return asdict(settings) | {"end_id": end_id, "pad_id": end_id if pad_id is None else pad_id}
+    return asdict(settings) | {"end_id": end_id, "pad_id": padding_id(config, end_id)}

@@ -74,7 +74,7 @@ class LanguageTokenizer:
     ) -> LanguageTokenizer:
         """The tokenizer of a folder or a hub id. Raises DataError where there is none."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder_or_hub_id))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder_or_hub_id), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{folder_or_hub_id}: no tokenizer could be loaded: {reason}") from error

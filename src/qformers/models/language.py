@@ -222,7 +222,8 @@ def build_language_model(
     ):
         raise ConfigError(f"{source}: {described.model_type} fills gaps and does not go on from a text: choose another")
     auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if part_of_blip2 is not None:
         options |= {"config": part_of_blip2, "key_mapping": {r"^language_model\.": ""}}
     if config.quantization != "none":
@@ -261,7 +262,7 @@ def _described(source: str) -> PretrainedConfig:
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise ConfigError(f"{source}: there is no such folder: name that of a Hugging Face language model, or a hub id")
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{source}: no language model can be loaded from here ({one_line(error)})") from error
 
