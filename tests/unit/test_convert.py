@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hf_blip2 import TOY_VISION
 from safetensors.torch import load_file, save_file
 from toy_blip2 import KINDS, QUERIES, assert_same_bits, one_line, save_toy, toy_pixels
-from toy_language import toy_tokenizer, toy_transformers_model
+from toy_language import VOCABULARY, toy_tokenizer, toy_transformers_model
 from toy_run import toy_config, write_toy_data
 from transformers import (
     AutoProcessor,
@@ -188,3 +189,72 @@ def test_a_folder_without_tokenizers_opens_and_says_so_when_words_are_asked_for(
     convert(tmp_path / "ours", tmp_path / "again", "hf")
     shutil.rmtree(tmp_path / "ours")
     assert qformers.load(tmp_path / "again").loaded.language is not None
+
+
+def changed(folder: Path, **text: int) -> dict:
+    """config.json without what older releases of transformers did not write, and `text` in its text_config."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("image_token_index")
+    config["qformer_config"].pop("use_qformer_text_input", None)
+    config["text_config"] |= text
+    path.write_text(json.dumps(config))
+    return config
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "instruct_llama", "retrieval"])
+def test_a_folder_of_before_image_tokens_comes_back_with_one(kind, tmp_path):
+    """Its language model may have no row to spare (Vicuna's 32001 words); back in our format it is as it was."""
+    save_toy(kind, tmp_path / "old")
+    changed(tmp_path / "old", vocab_size=VOCABULARY)
+    file = tmp_path / "old" / "model.safetensors"
+    state = load_file(file)
+    for name, tensor in state.items():
+        if name.startswith("language_model.") and tensor.shape[0] == VOCABULARY + 2:
+            state[name] = tensor[:VOCABULARY].clone()
+    save_file(state, file, metadata={"format": "pt"})
+    convert(tmp_path / "old", tmp_path / "ours", "qformers")
+    convert(tmp_path / "ours", tmp_path / "new", "hf")
+    model, loading = getattr(transformers, KINDS[kind][0]).from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(loading.values()), loading
+    processor = AutoProcessor.from_pretrained(tmp_path / "new")
+    assert model.config.image_token_index == processor.tokenizer.convert_tokens_to_ids("<image>")
+    inputs = processor(images=[torch.zeros(3, 28, 28)], text=["a photo"], return_tensors="pt")
+    if kind == "retrieval":
+        assert model.eval()(**inputs).logits_per_image.shape == (1, 1)
+    else:
+        assert model.config.text_config.vocab_size == VOCABULARY + 1
+        assert model.eval().generate(**inputs, max_new_tokens=3).shape[0] == 1
+    convert(tmp_path / "new", tmp_path / "again", "qformers")
+    assert_same_bits(tmp_path / "ours", tmp_path / "again")
+
+
+def test_a_pad_token_of_minus_one_is_none(tmp_path):
+    """As the first InstructBLIP folders of Vicuna have it."""
+    save_toy("instruct_llama", tmp_path / "hf")
+    changed(tmp_path / "hf", pad_token_id=-1)
+    model = qformers.load(tmp_path / "hf")
+    speaker = model.model.language_model
+    assert speaker.pad_id == speaker.end_id
+    assert len(model.caption([torch.zeros(4, 4, 3).byte().numpy()] * 2, ["a", "a photo of"], num_beams=2)) == 2
+
+
+def test_files_that_are_json_and_not_what_they_should_be_are_named(tmp_path):
+    save_toy("opt", tmp_path / "hf")
+    save_file({"a": torch.ones(2)}, tmp_path / "hf" / "qformers.safetensors")
+    assert "its metadata, our settings, is gone" in one_line(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("[]")
+    assert "holds no settings by name" in one_line(tmp_path / "hf")
+
+
+def test_a_lavis_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    save_toy("retrieval", tmp_path / "hf")
+
+    def full(*_):
+        (tmp_path / ".unfinished_out.pth").write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    monkeypatch.setattr("qformers.convert.lavis.torch.save", full)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        convert(tmp_path / "hf", tmp_path / "out.pth", "lavis")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}

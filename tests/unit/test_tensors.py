@@ -74,6 +74,9 @@ def test_an_index_that_is_wrong_is_named(tmp_path):
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
     with pytest.raises(CheckpointError, match="lacks b, which the index says it holds"):
         open_tensors(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": ["x.safetensors"]}))
+    with pytest.raises(CheckpointError, match="no index of shards"):
+        open_tensors(tmp_path)
     (tmp_path / INDEX_FILE).write_text("{")
     with pytest.raises(CheckpointError, match="no index of shards"):
         open_tensors(tmp_path)

@@ -45,9 +45,6 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     pictures = _image_processor(description["vision"])
     processor = _processor(checkpoint, architecture, pictures)
     config = _config(checkpoint, architecture, processor)
-    if processor is not None and config.image_token_index is None:
-        # The model would take the places of the picture for words.
-        processor.num_query_tokens = None
     language = checkpoint.language
     if language is not None:
         grown = _grown(language, config.text_config.to_dict())
@@ -100,9 +97,13 @@ def _config(checkpoint: Checkpoint, architecture: str, processor: Any) -> Any:
     config_class = CONFIGS["instructblip" if architecture == INSTRUCT else "blip-2"]
     if (original := description.get("huggingface")) is not None:
         config: Any = config_class.from_dict(original)
-        fits = image_token is not None and (language is None or image_token < config.text_config.vocab_size)
-        if config.image_token_index is None and fits:
+        if config.image_token_index is None and image_token is not None:
+            # Of before transformers had <image>, without which it generates nothing today.
             config.image_token_index = image_token
+            if language is not None:
+                config.text_config.vocab_size = max(config.text_config.vocab_size, 1 + image_token)
+        if architecture == RETRIEVAL:
+            config.qformer_config.use_qformer_text_input = True  # once had another name
         return config
     settings: dict[str, Any] = {
         "vision_config": _without_type(description["vision"]["config"]),
@@ -182,7 +183,9 @@ def _grown(language: LanguageSource, settings: dict[str, Any]) -> Tensors:
         )
         if axis is None:
             return tensor
-        mean = tensor.float().mean(dim=axis, keepdim=True).to(tensor.dtype)
+        # Part by part: a large vocabulary in float32 would be twice its memory again.
+        sums = [part.float().sum(dim=axis, keepdim=True) for part in tensor.split(4096, dim=axis)]
+        mean = (torch.cat(sums, dim=axis).sum(dim=axis, keepdim=True) / tensor.shape[axis]).to(tensor.dtype)
         return torch.cat([tensor, mean.repeat_interleave(wanted[name][axis] - tensor.shape[axis], dim=axis)], dim=axis)
 
     described = {name: grow(name, meta) for name, meta in tensors.described.items()}

@@ -190,9 +190,9 @@ class _Shards:
 def _indexed(path: Path) -> dict[str | None, Path]:
     try:
         names: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        return {name: path.parent / file for name, file in names.items()}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: no index of shards ({error}): fetch it again") from error
-    return {name: path.parent / file for name, file in names.items()}
 
 
 def _open_safetensors(path: Path) -> Any:
