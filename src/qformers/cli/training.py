@@ -19,8 +19,7 @@ def _demo_options(parser: ArgumentParser) -> None:
         "--language_model",
         type=Literal["smollm2", "t5"],
         default="t5",
-        help="What says the captions: a small T5 made from the training captions in the run, or SmolLM2-135M, which "
-        "needs longer than the demo lasts to learn to look.",
+        help="What says the captions: a small T5 made from the training captions in the run, or SmolLM2-135M.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Decides the split, the scenes and the training.")
 
