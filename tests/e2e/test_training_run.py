@@ -103,8 +103,8 @@ def test_resuming_another_shape_is_one_line_and_changes_nothing(data, finished):
 def test_a_loss_that_is_not_a_number_stops_the_run_before_it_does_harm(data, tmp_path, monkeypatch, finished):
     calls, forward = [], Stage1Objective.forward
 
-    def poisoned(self, batch, negatives=None):
-        output = forward(self, batch, negatives)
+    def poisoned(self, batch, *rest):
+        output = forward(self, batch, *rest)
         calls.append(batch.names)
         if len(calls) == 4:
             output.losses["itm"] = output.losses["itm"] * math.nan

@@ -1,33 +1,107 @@
-"""ITC over two processes is ITC over one batch, gradients included (the authors' gather carries none)."""
+"""A step on several processes is the step on one with the same global batch: losses, gradients and weights."""
 
 from __future__ import annotations
 
-import itc_worker
-import torch
-import torch.multiprocessing
-from torch.nn.functional import normalize
+import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver
 
-from qformers.distributed import gather_with_gradient, process_offset, rank, world_size
+import pytest
+import step_worker
+import torch
+from helpers import random_batch, tiny_stage1
+from step_worker import CASES, SAME_AS, drawing, step
+from torch.multiprocessing import start_processes
+
+from qformers.distributed import GlobalMean, fetch_rows, gather_with_gradient, process_offset, rank, world_size
+from qformers.objectives.config import Stage1LossConfig
+from qformers.objectives.contrast import contrast
+from qformers.objectives.output import row_slices
+from qformers.objectives.stage1 import Stage1Objective
+
+# 20 steps of AdamW carry rounding on: a key's bias has no effect, so its step is all rounding over Adam's epsilon.
+TOLERANCES = {"given_negatives_fp32": 1e-6, "weights_after_steps": 1e-8}
 
 
 def test_alone_everything_is_the_identity():
     features = torch.randn(3, 4)
     assert gather_with_gradient(features) is features
     assert (world_size(), rank(), process_offset(3)) == (1, 0, 0)
+    assert torch.equal(fetch_rows(features, torch.tensor([2, 0, 2])), features[[2, 0, 2]])
+    assert GlobalMean.over(torch.tensor(4)).share(torch.tensor(6.0)) == 1.5
 
 
-def test_two_processes_equal_one(tmp_path):
-    torch.manual_seed(0)
-    images = normalize(torch.randn(6, 3, 8, dtype=torch.float64), dim=-1)
-    texts = normalize(torch.randn(6, 8, dtype=torch.float64), dim=-1)
-    image_ids = torch.tensor([0, 1, 2, 1, 3, 0])  # shared across the two halves
-    torch.multiprocessing.spawn(itc_worker.run, args=(2, tmp_path, (images, texts, image_ids)), nprocs=2)
-    halves = [torch.load(tmp_path / f"{number}.pt") for number in range(2)]
-    for case, use_image_ids in enumerate((True, False)):
-        whole = itc_worker.itc_gradients(images, texts, image_ids, use_image_ids)
-        first, second = halves[0][case], halves[1][case]
-        # Data-parallel training averages the processes' gradients, so each carries twice its share.
-        for name in ("loss", "temperature"):
-            torch.testing.assert_close((first[name] + second[name]) / 2, whole[name], atol=1e-12, rtol=0)
-        for name in ("images", "texts"):
-            torch.testing.assert_close(torch.cat([first[name], second[name]]) / 2, whole[name], atol=1e-12, rtol=0)
+@pytest.fixture(scope="module")
+def alone():
+    """Every case on one process with the whole batch."""
+    return {name: case() for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def started():
+    """A server that has imported everything once and forks each process: importing is most of their work."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server looks nowhere else
+        multiprocessing.set_forkserver_preload(["step_worker"])
+        forkserver.ensure_running()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, started, tmp_path_factory):
+    """Every case on several processes: what data-parallel training makes of their results, their mean."""
+    folder, processes = tmp_path_factory.mktemp("processes"), request.param
+    start_processes(step_worker.run, args=(processes, folder), nprocs=processes, start_method="forkserver")
+    shares = [torch.load(folder / f"{number}.pt") for number in range(processes)]
+    return {
+        case: {name: torch.stack([share[case][name] for share in shares]).mean(dim=0) for name in shares[0][case]}
+        for case in CASES
+    }
+
+
+def assert_same(found, expected, tolerance):
+    """Every entry to `tolerance`, of the largest entry of the tensor where that is above 1."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        difference = (found[name] - tensor).abs().max()
+        assert difference <= tolerance * tensor.abs().max().clamp_min(1), f"{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_several_processes_equal_one(alone, together, case):
+    assert_same(together[case], alone[case], TOLERANCES.get(case, 1e-10))
+
+
+@pytest.mark.parametrize("case", SAME_AS)
+def test_micro_batches_equal_the_whole_batch_on_several_processes(alone, together, case):
+    assert_same(together[case], alone[SAME_AS[case]], 1e-10)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("kind", ["stage1", "trained_encoder", "stage2"])
+def test_any_micro_batch_size_gives_the_gradients_of_the_whole_batch(kind, micro_batch_size):
+    case = getattr(step_worker, kind)
+    assert_same(case(micro_batch_size), case(None), 1e-10)
+
+
+def test_both_passes_of_gradient_caching_draw_the_same_dropout():
+    """Against a graph over all micro-batches at once, each with its own random numbers."""
+    batch, slices = random_batch([4, 6, 3, 5, 7]), row_slices(5, 2)
+    settings = {"dropout": 0.3, "attention_dropout": 0.2}
+    objective = Stage1Objective(tiny_stage1(**settings).double(), Stage1LossConfig(itc_steps=1)).train()
+    found = step(objective, [batch], 2)
+
+    model = tiny_stage1(**settings).double().train()
+    features = []
+    for number, rows in enumerate(slices):
+        piece = batch.rows(rows)
+        with drawing(number):
+            image = model.encode_image(piece.patch_embeds).image_features
+            features.append((image, model.encode_text(piece.input_ids, piece.attention_mask)))
+    images, texts = (torch.cat(side) for side in zip(*features, strict=True))
+    loss = contrast(images, texts, model.temperature, batch.image_ids, Stage1LossConfig()).loss
+    loss.backward()
+    gradients = {
+        f"model.{name}": weights.grad for name, weights in model.named_parameters() if weights.grad is not None
+    }
+    assert_same(found, {"itc": loss.detach(), **gradients}, 1e-10)

@@ -49,6 +49,11 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def rows(self, some: slice) -> Batch:
+        """Some of its rows (views), padded as they are; what was left out for being broken is not repeated."""
+        cut = {name: value[some] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **cut, names=self.names[some], broken=())
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's DataLoader calls this."""
         pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}

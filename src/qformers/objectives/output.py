@@ -1,7 +1,9 @@
-"""What objectives have in common: what they read of a batch's pictures, and what they give the training loop."""
+"""What objectives have in common: what they read of a batch, and what they give the training loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +13,17 @@ from torch import Tensor
 from qformers.data.batch import Batch
 from qformers.models.reader import ImageReader
 
+Drawing = Callable[[int], AbstractContextManager[None]]
+"""The arithmetic and the random numbers of a step's forward pass of this number, from 0: entered twice, they are the
+same twice."""
+
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Named loss terms, and scalars worth logging (detached)."""
+    """Named loss terms, and scalars worth logging (detached).
+
+    The mean of a term over all forward passes of a step and over all processes is the step's loss.
+    """
 
     losses: dict[str, Float[Tensor, ""]]
     stats: dict[str, Float[Tensor, ""]]
@@ -30,3 +39,14 @@ def patch_embeds_of(batch: Batch, model: ImageReader) -> Float[Tensor, "batch pa
         return batch.patch_embeds
     assert batch.pixel_values is not None, "a batch carries pixels or precomputed features"
     return model.vision_encoder(batch.pixel_values)
+
+
+def row_slices(rows: int, micro_batch_size: int | None) -> list[slice]:
+    """`rows` cut into runs of `micro_batch_size`, the last one shorter where it must be; None: uncut."""
+    size = micro_batch_size or rows
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def count_passes(batches: Sequence[Batch], micro_batch_size: int | None) -> int:
+    """How many forward passes `batches` take."""
+    return sum(len(row_slices(len(batch), micro_batch_size)) for batch in batches)

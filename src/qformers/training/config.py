@@ -111,7 +111,10 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the arithmetic; trained weights are kept in fp32. The paper used fp16 with loss scaling."""
     accumulation_steps: int = 1
-    """Batches whose gradients are averaged into one step. ITC contrasts within each batch only."""
+    """Batches whose gradients are averaged into one step. ITC and ITM contrast within each batch only."""
+    micro_batch_size: int | None = None
+    """Pairs that a process works through at a time; default: all of its share of a batch. Memory follows it and the
+    gradients do not depend on it: ITC contrasts the whole batch still (gradient caching, at one more forward pass)."""
     log_every_steps: int = 50
     """Rows of metrics; the loss is read from the device only then."""
     checkpoint_every_steps: int = 1000
@@ -132,6 +135,8 @@ class TrainConfig:
         ):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
+        if self.micro_batch_size is not None:
+            _at_least("micro_batch_size", self.micro_batch_size, 1)
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}: must be bf16 or fp32")
         if self.stage not in (1, 2):

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -29,7 +30,9 @@ from torch import Tensor
 from qformers.data.dataset import CaptionDataset
 from qformers.errors import QFormersError
 from qformers.models.saving import save_model
-from qformers.objectives.output import StepOutput
+from qformers.objectives.lm import Stage2Objective
+from qformers.objectives.output import StepOutput, count_passes
+from qformers.objectives.stage1 import Stage1Objective
 from qformers.training.batches import training_batches, validation_batches
 from qformers.training.checkpoint import save_checkpoint
 from qformers.training.config import TrainConfig
@@ -81,23 +84,25 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
         keep_freed_memory()
     run = build_run(config, checkpoint, accelerator)
     objective, optimiser = run.objective, run.optimiser
+    bare = cast(Stage1Objective | Stage2Objective, accelerator.unwrap_model(objective))
     batches = training_batches(config, run.train_data, run.first_step, accelerator)
 
     with open_log(config, run.first_step, accelerator) as log, stop_signals() as stop:
         announce(config, run, accelerator)
         for step in range(run.first_step, config.steps + 1):
-            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
-            accelerator.unwrap_model(objective).before_step(step)
+            bare.before_step(step, random_seed(config.seed, step))
             rate = set_learning_rate(optimiser, learning_rate(step, config.optimiser, config.steps))
+            step_batches = [next(batches) for _ in range(config.accumulation_steps)]
+            drawing = partial(arithmetic, config, accelerator, step)
+            count = count_passes(step_batches, config.micro_batch_size)
             done: list[tuple[Names, StepOutput]] = []
-            for number in range(1, config.accumulation_steps + 1):
-                batch = next(batches)
-                is_last = number == config.accumulation_steps
-                with nullcontext() if is_last else accelerator.no_sync(objective):
-                    with autocast(config, accelerator):
-                        result = objective(batch)
-                    accelerator.backward(result.total / config.accumulation_steps)
-                done.append((batch.names, result))
+            for number, arguments in enumerate(bare.passes(step_batches, config.micro_batch_size, drawing)):
+                # Processes exchange gradients once, in the last backward pass.
+                with nullcontext() if number == count - 1 else accelerator.no_sync(objective):
+                    with drawing(number):
+                        result = objective(*arguments)
+                    accelerator.backward(result.total / count)
+                done.append((arguments[0].names, result))
             grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, config.optimiser.clip_norm)
             # The step's one wait for the device: no weight may move by a gradient that is not a number.
             if on_any_process(not_finite(grad_norm, done), accelerator):
@@ -105,7 +110,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
                 raise NonFiniteLossError(accuse(step, done, output))
             optimiser.step()
             optimiser.zero_grad()
-            accelerator.unwrap_model(objective).after_step()
+            bare.after_step()
 
             log.advance(step)
             row: dict[str, float] = {}
@@ -130,9 +135,17 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
     return TrainResult(output / "model", config.steps, log.last)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of all that a process draws during one step: dropout masks and hard negatives."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+def random_seed(*entropy: int) -> int:
+    """A seed that is a function of some numbers: the run's seed, the step and, where each draws its own, who draws."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def arithmetic(config: TrainConfig, accelerator: Accelerator, step: int, number: int) -> Iterator[None]:
+    """The random numbers and the precision of forward pass `number` (from 0) of `step` on this process."""
+    torch.manual_seed(random_seed(config.seed, step, accelerator.process_index, number))
+    with autocast(config, accelerator):
+        yield
 
 
 def autocast(config: TrainConfig, accelerator: Accelerator) -> torch.autocast:
@@ -163,7 +176,7 @@ def accuse(step: int, done: Sequence[tuple[Names, StepOutput]], output: Path) ->
 
 @torch.no_grad()
 def mean_terms(done: Sequence[tuple[Names, StepOutput]], accelerator: Accelerator) -> dict[str, float]:
-    """Losses and statistics, averaged over the batches of `done` and over the processes."""
+    """Losses and statistics, averaged over the passes of `done` and over the processes."""
     rows = [
         {
             "loss/total": result.total,
@@ -180,12 +193,14 @@ def mean_terms(done: Sequence[tuple[Names, StepOutput]], accelerator: Accelerato
 @torch.no_grad()
 def validate(config: TrainConfig, run: Run, dataset: CaptionDataset, accelerator: Accelerator) -> dict[str, float]:
     """The mean of each loss and statistic on `dataset`, with the same hard negatives' draws every time."""
-    torch.manual_seed(config.seed)
     run.objective.eval()
-    done = []
+    bare = cast(Stage1Objective | Stage2Objective, accelerator.unwrap_model(run.objective))
+    bare.before_step(config.steps, config.seed)
+    done, drawing = [], partial(arithmetic, config, accelerator, 0)
     for batch in validation_batches(config, dataset, accelerator):
-        with autocast(config, accelerator):
-            done.append((batch.names, run.objective(batch)))
+        for number, arguments in enumerate(bare.passes([batch], config.micro_batch_size, drawing)):
+            with drawing(number):
+                done.append((arguments[0].names, run.objective(*arguments)))
     run.objective.train()
     return {f"validation/{name.removeprefix('loss/')}": mean for name, mean in mean_terms(done, accelerator).items()}
 
