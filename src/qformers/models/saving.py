@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -89,8 +90,12 @@ def save_model(
     tokenizer: SavesItself | None,
     folder: Path,
     language: SavedLanguage | None = None,
+    whole_state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that `load_model` reads back bit for bit, frozen models included. An older one is replaced.
+
+    Args:
+        whole_state: the model's state, where `model` holds only a share of it (FSDP).
 
     Raises:
         CheckpointError: it could not be written; an older folder is then left as it was.
@@ -99,16 +104,15 @@ def save_model(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        state = {
-            name: tensor.contiguous()
-            for name, tensor in model.state_dict().items()
-            if not name.startswith(LANGUAGE_PREFIX)
-        }
-        save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        state = model.state_dict() if whole_state is None else whole_state
+        own = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(LANGUAGE_PREFIX)}
+        save_file(own, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         spoken = None if language is None else language.config
         if isinstance(model, Stage2Model):
+            inside = f"{LANGUAGE_PREFIX}model."
+            speaker = {name.removeprefix(inside): tensor for name, tensor in state.items() if name.startswith(inside)}
             with quiet_loading():
-                model.language_model.model.save_pretrained(unfinished / LANGUAGE_FOLDER)
+                model.language_model.model.save_pretrained(unfinished / LANGUAGE_FOLDER, state_dict=speaker)
         if language is not None and language.tokenizer is not None:
             language.tokenizer.save(unfinished / LANGUAGE_TOKENIZER_FOLDER)
         if tokenizer is not None:

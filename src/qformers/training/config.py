@@ -108,13 +108,23 @@ class TrainConfig:
     """Decides the fresh weights, the order of the data, crops, dropout and negatives."""
     steps: int = 250_000
     """Optimiser steps of the whole run, resumed parts included."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the arithmetic; trained weights are kept in fp32. The paper used fp16 with loss scaling."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the arithmetic; trained weights are kept in fp32. fp16 (the paper's) scales the loss."""
     accumulation_steps: int = 1
     """Batches whose gradients are averaged into one step. ITC and ITM contrast within each batch only."""
     micro_batch_size: int | None = None
     """Pairs that a process works through at a time; default: all of its share of a batch. Memory follows it and the
     gradients do not depend on it: ITC contrasts the whole batch still (gradient caching, at one more forward pass)."""
+    checkpoint_layers: bool = False
+    """Compute the Q-Former's blocks and the language model's layers a second time in the backward pass instead of
+    keeping what they computed. The image encoder has model.checkpoint_vision_encoder."""
+    shard_frozen_models: bool = False
+    """Keep only a share of the frozen image encoder and language model on each process (FSDP2)."""
+    compile: bool = False
+    """Have torch.compile make code of the Q-Former: minutes at the start, then faster steps. Needs a C++ compiler."""
+    timeout_seconds: float = 600.0
+    """A process that does not answer the others for so long ends the run, which names it. Longer than one process
+    alone ever works, the main one while it saves for example."""
     log_every_steps: int = 50
     """Rows of metrics; the loss is read from the device only then."""
     checkpoint_every_steps: int = 1000
@@ -137,8 +147,15 @@ class TrainConfig:
         _at_least("seed", self.seed, 0)
         if self.micro_batch_size is not None:
             _at_least("micro_batch_size", self.micro_batch_size, 1)
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f"precision is {self.precision!r}: must be bf16 or fp32")
+        if self.timeout_seconds <= 0:
+            raise ConfigError(f"timeout_seconds is {self.timeout_seconds}: processes wait for each other, so above 0")
+        if self.precision not in ("bf16", "fp16", "fp32"):
+            raise ConfigError(f"precision is {self.precision!r}: must be bf16, fp16 or fp32")
+        if self.shard_frozen_models and self.language.quantization != "none":
+            raise ConfigError(
+                f"shard_frozen_models and language.quantization {self.language.quantization}: quantised weights cannot "
+                "be sharded; choose one"
+            )
         if self.stage not in (1, 2):
             raise ConfigError(f"stage is {self.stage!r}: must be 1 or 2")
         if self.stage == 1 and self.language.path is not None:

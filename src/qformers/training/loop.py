@@ -14,9 +14,11 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,7 +26,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from qformers.data.dataset import CaptionDataset
@@ -38,9 +40,13 @@ from qformers.training.checkpoint import save_checkpoint
 from qformers.training.config import TrainConfig
 from qformers.training.logging import open_log
 from qformers.training.optimiser import learning_rate, set_learning_rate
-from qformers.training.setup import CHECKPOINTS, Run, announce, build_run, find_checkpoint
+from qformers.training.scaling import whole_state
+from qformers.training.setup import CHECKPOINTS, PRECISIONS, Run, announce, build_run, find_checkpoint
+from qformers.training.watch import Watch
 
 NAMES_SHOWN = 8
+SMALLEST_LOSS_SCALE = 1.0
+GLOO_SECONDS = 0.2
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's settings in malloc.h
 
 Names = tuple[str, ...]
@@ -70,6 +76,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
         ConfigError, DataError: the settings or the data do not fit.
         CheckpointError: a checkpoint does not fit, or cannot be written.
         NonFiniteLossError, TrainingStoppedError: the run ended early, its state saved.
+        RankStoppedError: another process has stopped; the newest checkpoint is as it was.
     """
     output = Path(config.output)
     checkpoint = find_checkpoint(output, resume)
@@ -77,19 +84,27 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
     on_cpu = not torch.accelerator.is_available()
     # While ITC trains alone, the other losses' heads have no gradient.
     parts = DistributedDataParallelKwargs(find_unused_parameters=config.stage == 1 and config.objectives.itc_steps > 0)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))
     accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision="no", log_with="tensorboard", project_dir=output, kwargs_handlers=[parts]
+        cpu=on_cpu, mixed_precision="no", log_with="tensorboard", project_dir=output, kwargs_handlers=[parts, waiting]
     )
     if on_cpu:
         keep_freed_memory()
+    with Watch(config.timeout_seconds) as watch:
+        return _train(config, checkpoint, accelerator, watch)
+
+
+def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerator, watch: Watch) -> TrainResult:
+    output = Path(config.output)
     run = build_run(config, checkpoint, accelerator)
-    objective, optimiser = run.objective, run.optimiser
+    objective, optimiser, scaler = run.objective, run.optimiser, run.scaler
     bare = cast(Stage1Objective | Stage2Objective, accelerator.unwrap_model(objective))
     batches = training_batches(config, run.train_data, run.first_step, accelerator)
 
     with open_log(config, run.first_step, accelerator) as log, stop_signals() as stop:
         announce(config, run, accelerator)
         for step in range(run.first_step, config.steps + 1):
+            watch.step = step
             bare.before_step(step, random_seed(config.seed, step))
             rate = set_learning_rate(optimiser, learning_rate(step, config.optimiser, config.steps))
             step_batches = [next(batches) for _ in range(config.accumulation_steps)]
@@ -101,14 +116,15 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
                 with nullcontext() if number == count - 1 else accelerator.no_sync(objective):
                     with drawing(number):
                         result = objective(*arguments)
-                    accelerator.backward(result.total / count)
+                    scaler.backward(result.total / count)
                 done.append((arguments[0].names, result))
+            scaler.unscale()
             grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, config.optimiser.clip_norm)
             # The step's one wait for the device: no weight may move by a gradient that is not a number.
-            if on_any_process(not_finite(grad_norm, done), accelerator):
+            if on_any_process(not_finite(grad_norm, done, scaler.scale), accelerator):
                 save(config, run, step - 1, accelerator)
                 raise NonFiniteLossError(accuse(step, done, output))
-            optimiser.step()
+            scaler.step()
             optimiser.zero_grad()
             bare.after_step()
 
@@ -117,6 +133,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
             if step % config.log_every_steps == 0 or step == config.steps:
                 row = {**mean_terms(done, accelerator), "lr": rate, "grad_norm": grad_norm.item()}
                 row["images_per_second"] = log.images_per_second(step)
+                if scaler.scale is not None:
+                    row["loss_scale"] = scaler.scale
                 row["peak_memory_gb"] = peak_memory_gb(accelerator)
                 if "tokens_per_image" in row:
                     row["tokens_per_second"] = row["images_per_second"] * row["tokens_per_image"]
@@ -130,8 +148,10 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
                 save(config, run, step, accelerator)
             if stopping and step < config.steps:
                 raise TrainingStoppedError(f"stopped after step {step} of {config.steps}; go on with --resume auto")
+        state = whole_state(run.model)
         if accelerator.is_main_process:
-            save_model(run.model, config.model, run.tokenizer, output / "model", run.language)
+            save_model(run.model, config.model, run.tokenizer, output / "model", run.language, state)
+        leave_together(accelerator)
     return TrainResult(output / "model", config.steps, log.last)
 
 
@@ -149,13 +169,20 @@ def arithmetic(config: TrainConfig, accelerator: Accelerator, step: int, number:
 
 
 def autocast(config: TrainConfig, accelerator: Accelerator) -> torch.autocast:
-    """bf16 arithmetic over fp32 weights, or nothing."""
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    """Half-precision arithmetic over fp32 weights, or nothing."""
+    dtype = PRECISIONS[config.precision]
+    half = dtype != torch.float32
+    return torch.autocast(accelerator.device.type, dtype if half else torch.bfloat16, enabled=half)
 
 
-def not_finite(grad_norm: Tensor, done: Sequence[tuple[Names, StepOutput]]) -> bool:
-    """Whether the gradient or a loss of the step is infinite or not a number. Waits for the device, once."""
-    return not math.isfinite(grad_norm + sum(result.total.detach() for _, result in done))
+def not_finite(grad_norm: Tensor, done: Sequence[tuple[Names, StepOutput]], loss_scale: float | None) -> bool:
+    """Whether the gradient or a loss of the step is infinite or not a number. Waits for the device, once.
+
+    A gradient too large for fp16 is no fault while the loss can be scaled down: its step is skipped.
+    """
+    losses = torch.stack([result.total.detach() for _, result in done]).sum()
+    scalable = loss_scale is not None and loss_scale > SMALLEST_LOSS_SCALE
+    return not math.isfinite(losses if scalable else grad_norm + losses)
 
 
 def accuse(step: int, done: Sequence[tuple[Names, StepOutput]], output: Path) -> str:
@@ -227,6 +254,17 @@ def save(config: TrainConfig, run: Run, step: int, accelerator: Accelerator) -> 
         folder = Path(config.output) / CHECKPOINTS
         save_checkpoint(folder, step, run.model, run.optimiser, config.keep_checkpoints)
     accelerator.wait_for_everyone()
+
+
+def leave_together(accelerator: Accelerator) -> None:
+    """Wait until all processes are done, and until gloo's threads are.
+
+    They need the interpreter to free the tensors of their last work. Destroying the group waits for them, and keeps the
+    interpreter: a deadlock of torch's own.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        time.sleep(GLOO_SECONDS)
 
 
 def keep_freed_memory() -> None:

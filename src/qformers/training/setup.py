@@ -44,9 +44,17 @@ from qformers.objectives.stage1 import Stage1Objective
 from qformers.training.checkpoint import load_checkpoint, newest_checkpoint
 from qformers.training.config import TrainConfig
 from qformers.training.optimiser import build_optimiser
+from qformers.training.scaling import (
+    LossScaler,
+    compile_layers,
+    leave_out_frozen,
+    recompute_layers,
+    shard_frozen_models,
+)
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STANDARDISING_PICTURES = 128  # some ten thousand patches: enough for a mean and a spread of each dimension
 
 logger = logging.getLogger(__name__)
@@ -59,6 +67,7 @@ class Run:
     model: Stage1Model | Stage2Model
     objective: nn.Module
     optimiser: torch.optim.Optimizer
+    scaler: LossScaler
     tokenizer: CaptionTokenizer
     language: SavedLanguage | None
     train_data: CaptionDataset
@@ -111,13 +120,21 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
         held_out = open_sources(config.data.validation)
         validation_data = CaptionDataset(held_out, captions, transform, train=False, seed=config.seed, features=None)
 
+    if config.checkpoint_layers:
+        recompute_layers(objective.model)
+    if config.compile:
+        compile_layers(objective.model)
+    if config.shard_frozen_models:
+        shard_frozen_models(objective.model, accelerator.device)
     model = objective.model.to(accelerator.device).train()
     if config.stage == 1 and config.model.standardise_patches and config.start is None and checkpoint is None:
         _standardise_patches(objective.model, train_data, accelerator.device)
     optimiser = build_optimiser(model, config.optimiser)
     first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
+    leave_out_frozen(objective)
     prepared = accelerator.prepare_model(objective)
-    return Run(model, prepared, optimiser, tokenizer, language, train_data, validation_data, first_step)
+    scaler = LossScaler(config.precision == "fp16", accelerator.device, optimiser)
+    return Run(model, prepared, optimiser, scaler, tokenizer, language, train_data, validation_data, first_step)
 
 
 def _stage1(
@@ -148,6 +165,12 @@ def _stage2(
         split_captions=language.split_captions,
     )
     speaker = build_language_model(replace(language, path=path), captions.end_id, captions.pad_id)
+    if {speaker.dtype, PRECISIONS[config.precision]} == {torch.float16, torch.bfloat16}:
+        raise ConfigError(
+            f"precision is {config.precision} and the language model is {str(speaker.dtype).removeprefix('torch.')}: "
+            "torch mixes no two halves; give precision and language.dtype the same, or one of them fp32 "
+            "(a CPU reads float16 as bfloat16)"
+        )
     prompt_ids, _ = captions.encode_prompts([language.prompt])
     speaker.check_context(config.model.num_queries + prompt_ids.shape[1] + config.data.max_text_tokens)
     shape = started_shape(config.start, preset_shape(config.model.preset))
@@ -172,7 +195,7 @@ def build_encoder(config: TrainConfig) -> VisionEncoder:
         config.model.vision_encoder,
         layer=config.model.vision_layer,
         image_px=config.data.transform.image_px,
-        dtype=torch.bfloat16 if config.precision == "bf16" and not config.model.train_vision_encoder else torch.float32,
+        dtype=torch.float32 if config.model.train_vision_encoder else PRECISIONS[config.precision],
     )
 
 
