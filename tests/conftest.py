@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver
+
+import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -13,3 +19,12 @@ torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def forking() -> None:
+    """A server for multiprocessing's "forkserver" that has imported everything: that is most of starting a process."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server looks nowhere else
+        multiprocessing.set_forkserver_preload(["step_worker", "run_worker"])
+        forkserver.ensure_running()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -37,15 +36,6 @@ def data(tmp_path_factory) -> Path:
         toy_transformers_model(family).save_pretrained(folder / family)
         toy_tokenizer(folder / family, ends=family == "t5")
     return folder
-
-
-@pytest.fixture(scope="module")
-def start() -> None:
-    """A server that has imported everything once and forks each process: importing is most of their work."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server looks nowhere else
-        multiprocessing.set_forkserver_preload(["run_worker"])
-        forkserver.ensure_running()
 
 
 def config_of(data: Path, output: Path, **settings) -> TrainConfig:
@@ -91,7 +81,7 @@ def stage1(data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
-def test_a_run_on_two_processes_is_the_run_on_one(data, start, stage1, tmp_path, micro_batch_size):
+def test_a_run_on_two_processes_is_the_run_on_one(data, forking, stage1, tmp_path, micro_batch_size):
     on_two_processes(config_of(data, tmp_path / "run", micro_batch_size=micro_batch_size))
     assert_same_run(stage1, tmp_path / "run")
 
@@ -102,7 +92,7 @@ def test_a_run_in_micro_batches_is_the_run_in_whole_ones(data, stage1, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_sharded_stage_2_is_the_unsharded_one(data, start, stage1, tmp_path, family):
+def test_sharded_stage_2_is_the_unsharded_one(data, forking, stage1, tmp_path, family):
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     settings = {"stage": 2, "start": str(stage1), "language": LanguageConfig(path=str(data / family))}
     train(config_of(data, whole, **settings))
@@ -175,7 +165,7 @@ def test_compiling_without_a_compiler_is_one_line(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_stops_is_named_and_ends_the_run(data, start, tmp_path, sent):
+def test_a_process_that_stops_is_named_and_ends_the_run(data, forking, tmp_path, sent):
     config = config_of(data, tmp_path / "run", timeout_seconds=8.0, checkpoint_every_steps=2)
     context = multiprocessing.get_context("forkserver")
     arguments = (2, run_worker.free_port(), config, sent)

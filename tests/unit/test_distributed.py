@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
-from multiprocessing import forkserver
-
 import pytest
 import step_worker
 import torch
@@ -38,17 +33,8 @@ def alone():
     return {name: case() for name, case in CASES.items()}
 
 
-@pytest.fixture(scope="module")
-def started():
-    """A server that has imported everything once and forks each process: importing is most of their work."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server looks nowhere else
-        multiprocessing.set_forkserver_preload(["step_worker"])
-        forkserver.ensure_running()
-
-
 @pytest.fixture(scope="module", params=[2, 4])
-def together(request, started, tmp_path_factory):
+def together(request, forking, tmp_path_factory):
     """Every case on several processes: what data-parallel training makes of their results, their mean."""
     folder, processes = tmp_path_factory.mktemp("processes"), request.param
     start_processes(step_worker.run, args=(processes, folder), nprocs=processes, start_method="forkserver")

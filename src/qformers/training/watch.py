@@ -46,6 +46,7 @@ class Watch:
     def __init__(self, timeout_seconds: float) -> None:
         self.step = 0
         self._timeout = timeout_seconds
+        self._longest_silence = 0.8 * timeout_seconds  # before torch's own limit, which names nobody
         self._interval = min(LONGEST_INTERVAL_SECONDS, timeout_seconds / 8)
         self._rank, self._processes = rank(), world_size()  # they are gone once the process group is
         self._others = [number for number in range(self._processes) if number != self._rank]
@@ -96,12 +97,12 @@ class Watch:
             for number, beat in beats.items():
                 if beat != heard[number][0] or beat == DONE:
                     heard[number] = (beat, now)
-                elif now - heard[number][1] > self._timeout:
+                elif now - heard[number][1] > self._longest_silence:
                     self._end(number)
 
     def _end(self, number: int) -> None:
         """The main thread waits in a collective that cannot be interrupted: the process ends from here."""
-        message = f"{self._name(number)} has not answered for {self._timeout:g} s; go on with --resume auto"
+        message = f"{self._name(number)} has not answered for {self._longest_silence:g} s; go on with --resume auto"
         logger.error(message)
         print(message, file=sys.stderr, flush=True)
         os._exit(1)
