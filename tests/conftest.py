@@ -28,3 +28,20 @@ def forking() -> None:
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server looks nowhere else
         multiprocessing.set_forkserver_preload(["step_worker", "run_worker"])
         forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session")
+def toy_models(tmp_path_factory):
+    """A toy model of each stage and an index (`toy_service.ToyModels`)."""
+    from toy_service import make_toy_models
+
+    return make_toy_models(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def service(toy_models):
+    """Those, served by a process of its own (`toy_service.Running`)."""
+    from toy_service import Running
+
+    with Running([*toy_models.arguments, "--max_pixels", "1000000"]) as running:
+        yield running

@@ -27,7 +27,16 @@ from qformers.models.inspection import cross_attention_weights
 from qformers.models.saving import LoadedModel, SavedLanguage, save_model
 from qformers.models.tensors import fingerprint
 
-Picture = str | Path | bytes | Image.Image | np.ndarray
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """One picture as the encoder wants it; `key` names its content for whoever keeps patch embeddings."""
+
+    pixel_values: Float[Tensor, "3 height width"]
+    key: str
+
+
+Picture = str | Path | bytes | Image.Image | np.ndarray | PreparedImage
 
 
 @dataclass(frozen=True)
@@ -122,17 +131,27 @@ class Predictor:
         Raises:
             DataError: a picture that cannot be read, by name.
         """
-        return torch.stack([evaluation_transform(self._open(image), self.transform) for image in _many(images)])
+        return torch.stack([self._prepared(image) for image in _many(images)])
+
+    @torch.inference_mode()
+    def patches(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "images patches vision_dim"]:
+        """Pictures, few enough for one batch, through the frozen encoder alone. Raises as `preprocess`."""
+        return self.model.vision_encoder(self.preprocess(images).to(self.device))
 
     @torch.inference_mode()
     def encode_image(self, pixel_values: Float[Tensor, "images 3 height width"]) -> EncodedImages:
         """What `preprocess` gave, through the frozen encoder and the Q-Former."""
         parts = []
         for pixels in pixel_values.split(PICTURES_AT_ONCE):
-            patches = self.model.vision_encoder(pixels.to(self.device))
-            encoding = self.loaded.stage1().encode_image(patches)
-            parts.append((patches, encoding.query_outputs, encoding.image_features))
+            encoded = self.encode_patches(self.model.vision_encoder(pixels.to(self.device)))
+            parts.append((encoded.patch_embeds, encoded.query_outputs, encoded.features))
         return EncodedImages(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def encode_patches(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> EncodedImages:
+        """What `patches` gave, through the Q-Former, as one batch."""
+        encoding = self.loaded.stage1().encode_image(patch_embeds)
+        return EncodedImages(patch_embeds, encoding.query_outputs, encoding.image_features)
 
     def encode_text(self, texts: str | Sequence[str]) -> EncodedTexts:
         """ITC features of texts.
@@ -160,14 +179,20 @@ class Predictor:
     def match_logits(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Float[Tensor, "pairs 2"]:
         """The ITM head's logits of no match and of match, pair by pair. Takes and raises what `match` does."""
         pictures, words = _many(images), self._texts(texts)
-        shown = np.zeros(len(words), dtype=np.int64) if len(pictures) == 1 else np.arange(len(pictures))
-        if len(shown) != len(words):
+        if len(pictures) == 1:
+            pictures = pictures * len(words)
+        if len(pictures) != len(words):
             raise DataError(
                 f"{len(pictures)} pictures and {len(words)} texts: match needs one text per picture, or one picture"
             )
-        model, pairs = self.loaded.stage1(), (shown, np.arange(len(words)))
+        # A picture given several times, the same object, is read once.
+        first = {id(picture): row for row, picture in reversed(list(enumerate(pictures)))}
+        shown = np.array([first[id(picture)] for picture in pictures], dtype=np.int64)
         return match_logits(
-            model, lambda rows: self._patches([pictures[row] for row in rows]), self.tokenizer.encode(words), pairs
+            self.loaded.stage1(),
+            lambda rows: self.patches([pictures[row] for row in rows]),
+            self.tokenizer.encode(words),
+            (shown, np.arange(len(words))),
         )
 
     def caption(
@@ -190,8 +215,7 @@ class Predictor:
         captions: list[str] = []
         for start in range(0, len(pictures), PICTURES_AT_ONCE):
             stop = start + PICTURES_AT_ONCE
-            pixels = self.preprocess(pictures[start:stop]).to(self.device)
-            captions += speaker.say(speaker.model.vision_encoder(pixels), prompts[start:stop], settings)
+            captions += speaker.say(self.patches(pictures[start:stop]), prompts[start:stop], settings)
         return captions
 
     def stream_caption(self, image: Picture, prompt: str | None = None, **generation: Any) -> Iterator[str]:
@@ -201,9 +225,7 @@ class Predictor:
             As `caption`, and ConfigError for beams.
         """
         speaker, settings = self._speaker(), GenerationSettings(**generation)
-        with torch.inference_mode():
-            patches = speaker.model.vision_encoder(self.preprocess(image).to(self.device))
-        return speaker.stream(patches, speaker.prompts(prompt, 1)[0], settings)
+        return speaker.stream(self.patches([image]), speaker.prompts(prompt, 1)[0], settings)
 
     def attention(self, image: Picture, text: str | None = None) -> Float[Tensor, "layers queries rows columns"]:
         """How much each query looks at each patch of the grid, per cross-attending block, mean over heads.
@@ -211,14 +233,13 @@ class Predictor:
         With `text` the queries read it at the same time, as in ITM. What falls on tokens that are no patch
         ([CLS]) is left out, so a map sums to at most 1.
         """
-        model = self.loaded.stage1()
-        encoder = model.vision_encoder
-        patches = encoder(self.preprocess(image).to(self.device))
+        encoder = self.model.vision_encoder
+        patches = self.patches([image])
         tokens = None
         if text is not None:
             input_ids, attention_mask = self.tokenizer.encode(self._texts(text))
             tokens = (input_ids.to(self.device), attention_mask.to(self.device))
-        weights = cross_attention_weights(model, patches, tokens)[..., encoder.prefix_tokens :]
+        weights = cross_attention_weights(self.model, patches, tokens)[..., encoder.prefix_tokens :]
         return rearrange(weights, "layers queries (rows columns) -> layers queries rows columns", rows=encoder.grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -230,17 +251,16 @@ class Predictor:
         tokenizer = None if self.loaded.tokenizer is None else self.tokenizer
         save_model(self.model, self.loaded.config, tokenizer, Path(folder), language)
 
-    @torch.inference_mode()
-    def _patches(self, images: Sequence[Picture]) -> Float[Tensor, "images patches vision_dim"]:
-        return self.model.vision_encoder(self.preprocess(images).to(self.device))
-
     def _speaker(self) -> Captioner:
         if self._captioner is None:
             self._captioner = Captioner.of(self.loaded)
         return self._captioner
 
-    def _open(self, image: Picture) -> Image.Image:
-        return load_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+    def _prepared(self, image: Picture) -> Float[Tensor, "3 height width"]:
+        if isinstance(image, PreparedImage):
+            return image.pixel_values
+        opened = load_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+        return evaluation_transform(opened, self.transform)
 
     def _texts(self, texts: str | Sequence[str]) -> list[str]:
         words = [texts] if isinstance(texts, str) else list(texts)
@@ -251,5 +271,5 @@ class Predictor:
 
 
 def _many(images: Picture | Sequence[Picture]) -> list[Picture]:
-    single = isinstance(images, str | Path | bytes | Image.Image | np.ndarray)
+    single = isinstance(images, str | Path | bytes | Image.Image | np.ndarray | PreparedImage)
     return [images] if single else list(images)

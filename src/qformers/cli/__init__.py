@@ -15,11 +15,18 @@ from typing import Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from qformers import __version__
-from qformers.cli import convert, data, model, search, training
+from qformers.cli import convert, data, model, search, serving, training
 from qformers.cli.command import Command
 from qformers.errors import QFormersError
 
-COMMANDS = {**training.COMMANDS, **model.COMMANDS, **search.COMMANDS, **convert.COMMANDS, **data.COMMANDS}
+COMMANDS = {
+    **training.COMMANDS,
+    **model.COMMANDS,
+    **search.COMMANDS,
+    **serving.COMMANDS,
+    **convert.COMMANDS,
+    **data.COMMANDS,
+}
 RECIPE_COMMANDS = {("train",), ("data", "features")}
 GROUPS = {
     "evaluate": "Measure a trained model.",

@@ -113,10 +113,10 @@ class LanguageTokenizer:
             texts.append(str(self._tokenizer.decode(said, skip_special_tokens=True)).strip())
         return texts
 
-    def streamer(self) -> TextIteratorStreamer:
+    def streamer(self) -> TextStreamer:
         """A queue of text for one row that is being generated, special tokens and the end token left out."""
         # What it is told to skip is the decoder's start token, or nothing at all.
-        return _Streamer(self._tokenizer, self.end_id)
+        return TextStreamer(self._tokenizer, self.end_id)
 
     def _split(self, caption: str, generator: np.random.Generator | None) -> tuple[str, str]:
         words = caption.split()
@@ -154,13 +154,19 @@ class LanguageTokenizer:
         return ids[0]
 
 
-class _Streamer(TextIteratorStreamer):
-    """Transformers' queue of text, which also leaves out an end token that is an ordinary word."""
+class TextStreamer(TextIteratorStreamer):
+    """Transformers' queue of text, which also leaves out an end token that is an ordinary word.
+
+    Once `abandoned` it refuses the next token, which ends the generation that feeds it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.end_id = end_id
+        self.abandoned = False
 
     def put(self, value: Tensor) -> None:
+        if self.abandoned:
+            raise RuntimeError("nobody reads this text any more")
         if self.next_tokens_are_prompt or value.flatten().tolist() != [self.end_id]:
             super().put(value)

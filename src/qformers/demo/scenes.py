@@ -131,7 +131,7 @@ def measure_cutout(path: Path, source: str) -> Cutout | None:
         if "A" not in image.getbands() and "transparency" not in image.info:
             return None
         alpha = image.convert("RGBA").getchannel("A")
-    visible = alpha.point(lambda value: 255 if value > 24 else 0)
+    visible = alpha.point([255 if value > 24 else 0 for value in range(256)])
     crop = visible.getbbox()
     if crop is None or min(crop[2] - crop[0], crop[3] - crop[1]) < 12:
         return None

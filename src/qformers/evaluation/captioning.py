@@ -128,8 +128,11 @@ class Captioner:
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # also when the reader goes before the end
+            streamer.abandoned = True
+            thread.join()
         if failed:
             raise failed[0]
 

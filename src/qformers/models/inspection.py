@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qformers.models.attention import CrossAttention, split_heads
-from qformers.models.stage1 import Stage1Model
+from qformers.models.reader import ImageReader
 
 
 @torch.inference_mode()
 def cross_attention_weights(
-    model: Stage1Model,
+    model: ImageReader,
     patch_embeds: Float[Tensor, "1 patches vision_dim"],
     text: tuple[Int[Tensor, "1 tokens"], Bool[Tensor, "1 tokens"]] | None = None,
 ) -> Float[Tensor, "layers queries patches"]:
@@ -38,10 +38,11 @@ def cross_attention_weights(
         if isinstance(module, CrossAttention)
     ]
     try:
+        memory = model.remember(patch_embeds)
         if text is None:
-            model.encode_image(patch_embeds)
+            model.query(memory)
         else:
-            model.match_logits([model.remember(patch_embeds)], *text)
+            model.query_with_text([memory], *text)
     finally:
         for hook in hooks:
             hook.remove()

@@ -112,7 +112,7 @@ class Index:
         """The query's vectors. Beside a picture the text is repeated: it weighs as much as all of the picture's."""
         parts = []
         if image is not None:
-            parts.append(self.model.encode_image(self.model.preprocess(image)).features[0])
+            parts.append(self.model.encode_patches(self.model.patches([image])).features[0])
         if text is not None:
             features = self.model.encode_text(text).features
             parts.append(features if image is None else features.expand(self.settings.num_queries, -1))
