@@ -17,6 +17,7 @@ from qformers.serving import schema
 from qformers.serving.chat import build_chat
 from qformers.serving.errors import ServiceError, as_service_error
 from qformers.serving.guard import Guard
+from qformers.serving.page import mount_page
 from qformers.serving.routes import ERRORS, build_routes
 from qformers.serving.service import Service
 
@@ -57,6 +58,7 @@ def build_app(service: Service) -> Guard:
 
     app.include_router(build_routes(service))
     app.include_router(build_chat(service))
+    mount_page(app, service)
     return guard
 
 

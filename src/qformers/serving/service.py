@@ -60,15 +60,23 @@ class Service:
         """Captions of each picture, `num_return_sequences` of them."""
         speaker = self.speaking()
         pictures = await self._prepare(speaker, contents)
-        return await self._say(speaker, [(picture, prompt) for picture in pictures], generation)
+
+        def say(pictures: list[PreparedImage], prompts: list[str], settings: Generation) -> list[str]:
+            return speaker.caption(pictures, None if prompt is None else prompts, **settings)
+
+        return await self._generate(
+            "default" if prompt is None else "prompt", say, pictures, [prompt or ""], generation
+        )
 
     async def ask(self, contents: Sequence[bytes], questions: Sequence[str], generation: Generation) -> list[str]:
         """An answer to each question; one picture for all questions, one question for all pictures, or pairs."""
         speaker = self.speaking()
-        pictures, words = _paired(await self._prepare(speaker, contents), list(questions))
-        prompts = [QUESTION.format(question) for question in words]
-        rows = list(zip(pictures, prompts, strict=True))
-        return [answers[0] for answers in await self._say(speaker, rows, generation)]
+        pictures = await self._prepare(speaker, contents)
+
+        def say(pictures: list[PreparedImage], questions: list[str], settings: Generation) -> list[str]:
+            return speaker.caption(pictures, [QUESTION.format(question) for question in questions], **settings)
+
+        return [answers[0] for answers in await self._generate("ask", say, pictures, questions, generation)]
 
     async def stream(self, content: bytes, prompt: str | None, generation: Generation) -> AsyncGenerator[str, None]:
         """A caption piece by piece. Whoever stops reading stops the generation."""
@@ -189,22 +197,26 @@ class Service:
                 prepared[content] = await self.decode(prepare, model, content, f"picture {number}", limit)
         return [prepared[content] for content in contents]
 
-    async def _say(
-        self, speaker: CachingPredictor, rows: Sequence[tuple[PreparedImage, str | None]], generation: Generation
+    async def _generate(
+        self,
+        kind: str,
+        say: Callable[[list[PreparedImage], list[str], Generation], list[str]],
+        pictures: list[PreparedImage],
+        words: Sequence[str],
+        generation: Generation,
     ) -> list[list[str]]:
+        """What `say` says of each picture with its words, in batches of one `kind` and one generation."""
         settings, seed = _without_seed(generation)
         count = settings.get("num_return_sequences", 1)
 
-        def run(rows: list[tuple[PreparedImage, str | None]]) -> list[list[str]]:
+        def run(rows: list[tuple[PreparedImage, str]]) -> list[list[str]]:
             _seed(seed)
-            prompts = [prompt for _, prompt in rows if prompt is not None]
-            said = speaker.caption([picture for picture, _ in rows], prompts or None, **settings)
+            said = say([picture for picture, _ in rows], [word for _, word in rows], settings)
             return [said[start : start + count] for start in range(0, len(said), count)]
 
         # What is drawn depends on the whole batch, so a sample is drawn alone.
-        sampled = settings.get("top_p") is not None
-        key = object() if sampled else ("say", rows[0][1] is None, *sorted(settings.items()))
-        return await self.batcher.submit(key, run, list(rows))
+        key = object() if settings.get("top_p") is not None else (kind, *sorted(settings.items()))
+        return await self.batcher.submit(key, run, _pairs(pictures, list(words)))
 
 
 def open_service(models: Sequence[str], index: str | None, config: ServeConfig) -> Service:
@@ -237,17 +249,18 @@ def open_service(models: Sequence[str], index: str | None, config: ServeConfig) 
     return Service(config, speaker, matcher, opened)
 
 
-def _paired(pictures: list[PreparedImage], questions: list[str]) -> tuple[list[PreparedImage], list[str]]:
+def _pairs(pictures: list[PreparedImage], words: list[str]) -> list[tuple[PreparedImage, str]]:
+    """Each picture with its words: one of either, or as many of both."""
     if len(pictures) == 1:
-        pictures = pictures * len(questions)
-    elif len(questions) == 1:
-        questions = questions * len(pictures)
-    if len(pictures) != len(questions):
+        pictures = pictures * len(words)
+    elif len(words) == 1:
+        words = words * len(pictures)
+    if len(pictures) != len(words):
         raise ServiceError(
             "invalid_request",
-            f"{len(pictures)} pictures and {len(questions)} questions: give one of either, or as many of both",
+            f"{len(pictures)} pictures and {len(words)} questions: give one of either, or as many of both",
         )
-    return pictures, questions
+    return list(zip(pictures, words, strict=True))
 
 
 def _check_lengths(model: Predictor, texts: Sequence[str]) -> None:
