@@ -125,3 +125,20 @@ def test_while_the_model_works_others_gather():
 
     assert run(scenario, window_seconds=0.0) == [[0], [2], [4], [6]]
     assert model.batches == [[0], [1, 2, 3]]
+
+
+def test_clients_that_were_answered_together_meet_again_and_one_alone_does_not_wait():
+    model = Doubling()
+
+    async def client(batcher, number, pause):
+        for _ in range(3):
+            await batcher.submit("k", model, [number])
+            await asyncio.sleep(pause)
+
+    async def scenario(batcher):
+        await asyncio.gather(*(client(batcher, n, 0.005 * n) for n in range(4)))
+        for number in range(50, 53):
+            await batcher.submit("k", model, [number])
+
+    run(scenario, window_seconds=5.0, max_rows=4)  # a window waited out would be past the limit of 20 s
+    assert [len(batch) for batch in model.batches[:3]] == [4, 4, 4]

@@ -28,8 +28,9 @@ class _Job:
 class Batcher:
     """One model thread and what waits for it, oldest first.
 
-    The oldest job waits at most `window_seconds` for others while the model is idle, and goes with all of its key,
-    up to `max_rows` rows. A job that its request has given up is dropped; one that fails does not fail those beside it.
+    The oldest job goes with all of its key, up to `max_rows` rows. While fewer have come than the last batch had, it
+    waits for others, at most `window_seconds`: clients that were answered together ask again together, and one alone
+    does not wait. A job that its request has given up is dropped; one that fails does not fail those beside it.
     """
 
     def __init__(self, window_seconds: float, max_rows: int, metrics: Metrics) -> None:
@@ -37,6 +38,7 @@ class Batcher:
         self.max_rows = max_rows
         self.metrics = metrics
         self._jobs: list[_Job] = []
+        self._last_jobs = 1  # in the last batch
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
@@ -64,6 +66,7 @@ class Batcher:
                 await self._changed.wait()
             await self._let_others_come(self._jobs[0])
             if batch := self._next_batch():
+                self._last_jobs = len(batch)
                 rows = sum(len(job.rows) for job in batch)
                 self.metrics.batch_rows.observe(rows)
                 start = time.monotonic()
@@ -83,7 +86,7 @@ class Batcher:
 
     async def _let_others_come(self, first: _Job) -> None:
         deadline = first.since + self.window_seconds
-        while first in self._jobs and self._rows_like(first) < self.max_rows:
+        while first in self._jobs and self._fewer_than_last(first):
             left = deadline - time.monotonic()
             if left <= 0:
                 return
@@ -93,8 +96,9 @@ class Batcher:
             except asyncio.TimeoutError:
                 return
 
-    def _rows_like(self, first: _Job) -> int:
-        return sum(len(job.rows) for job in self._jobs if job.key == first.key)
+    def _fewer_than_last(self, first: _Job) -> bool:
+        alike = [job for job in self._jobs if job.key == first.key]
+        return len(alike) < self._last_jobs and sum(len(job.rows) for job in alike) < self.max_rows
 
     def _next_batch(self) -> list[_Job]:
         """The oldest job and others of its key that fit, taken off what waits."""

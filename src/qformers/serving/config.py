@@ -23,8 +23,8 @@ class ServeConfig:
     """Of all weights; auto: as saved. In half precision near-ties may fall otherwise in a batch than alone."""
     max_batch: int = 32
     """Pictures or pairs that share a forward pass; 1: no batching."""
-    batch_window_seconds: float = 0.005
-    """How long the first of a batch waits for others while the model is idle."""
+    batch_window_seconds: float = 0.03
+    """How long the first of a batch waits for others, while fewer have come than shared the last one."""
     max_requests: int = 64
     """Waiting or running at the same time; one more is told to come again (503)."""
     time_limit_seconds: float = 60.0
