@@ -12,6 +12,8 @@ from importlib.resources import files
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.components import Component
+from gradio.themes import Default
 
 from qformers.errors import DataError
 from qformers.search.table import scan
@@ -31,7 +33,7 @@ def mount_page(app: FastAPI, service: Service) -> None:
         app,
         _blocks(service),
         path="/",
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=style,
         head=f"<script>{script}</script>",
         footer_links=[],
@@ -67,7 +69,7 @@ def _blocks(service: Service) -> gr.Blocks:
 def _tab(title: str, name: str, boxes: list[dict], empty: str, picture_too: bool = False) -> None:
     """One thing to do: what it takes, a button, and the place of its answer."""
     with gr.Tab(title):
-        inputs: list[gr.components.Component] = [
+        inputs: list[Component] = [
             gr.Textbox(**{"lines": 1, **box}, max_length=2000, elem_id=f"qf-{name}-text") for box in boxes
         ]
         if picture_too:
