@@ -33,7 +33,7 @@ from PIL import Image
 
 from qformers.serving.client import Client, ServiceRefused
 
-CONCURRENCY, REQUESTS, REPETITIONS = 16, 64, 3
+CONCURRENCY, REQUESTS, REPETITIONS = 16, 64, 5
 ALL_REQUESTS, CLIENTS, SAMPLE_EVERY = 5000, 8, 250
 PICTURES, KEPT_BYTES = 1000, 100_000  # more pictures than features that are kept
 

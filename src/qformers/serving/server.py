@@ -27,6 +27,8 @@ from qformers.serving.service import open_service
 logger = logging.getLogger(__name__)
 
 HEADER_SECONDS = 10
+# Longer than clients keep theirs: an idle connection that is closed here may have a request on its way.
+KEEP_ALIVE_SECONDS = 75
 
 
 def serve(models: Sequence[str], index: str | None, config: ServeConfig) -> None:
@@ -52,6 +54,7 @@ def serve(models: Sequence[str], index: str | None, config: ServeConfig) -> None
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
         backlog=2 * config.max_requests,
     )
