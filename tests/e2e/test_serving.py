@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -249,3 +251,14 @@ def test_the_log_says_who_asked_and_nothing_of_what(service, client, toy_models)
     assert logged.keys() == {"request", "client", "method", "path", "status", "bytes", "seconds"}
     assert logged["status"] == 200
     assert not any("bird" in line or toy_models.base64(3)[:40] in line for line in service.log)
+
+
+def test_a_connection_that_was_idle_for_as_long_as_clients_keep_one_is_still_open(service):
+    """httpx and openai keep them for 5 seconds: closed here just then, the next request would be lost on its way."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    for pause in (6.0, 0.0):
+        connection.request("GET", "/healthz")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+        time.sleep(pause)
+    connection.close()
