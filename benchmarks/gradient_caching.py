@@ -124,7 +124,7 @@ def plot(whole: dict[int, int], cached: dict[int, int], micro: int, path: Path) 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for peaks, label in ((whole, "whole batch"), ({micro: whole[micro], **cached}, f"micro-batches of {micro}")):
         axes.plot(list(peaks), [peak / MB for peak in peaks.values()], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="pairs that ITC contrasts", ylabel="peak memory of a step, MB")
+    axes.set(xscale="log", ylim=(0, None), xlabel="pairs that ITC contrasts", ylabel="peak memory of a step, MB")
     axes.set_xticks(sorted({*whole, *cached}), [str(batch) for batch in sorted({*whole, *cached})])
     axes.grid(alpha=0.3)
     axes.legend()
