@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -47,15 +48,17 @@ def run(rank: int, processes: int, port: int, config: TrainConfig) -> None:
     loop.train(config)
 
 
-def run_and_stop(rank: int, processes: int, port: int, config: TrainConfig, sent: signal.Signals) -> None:
-    """Train, but process 1 sends itself a signal in step 3. The other says why it ended, as the command would."""
+def run_and_stop(rank: int, processes: int, port: int, config: TrainConfig, sent: signal.Signals | None) -> None:
+    """Train, but process 1 sends itself a signal in step 3, or hangs there. The other says why it ended."""
     enter(rank, processes, port, Path(config.output))
     if rank == 1:
         advance = RunLog.advance
 
         def advance_and_stop(self, step):
             advance(self, step)
-            if step == 3:
+            if step == 3 and sent is None:
+                time.sleep(3600)
+            elif step == 3:
                 os.kill(os.getpid(), sent)
 
         RunLog.advance = advance_and_stop

@@ -164,7 +164,7 @@ def test_compiling_without_a_compiler_is_one_line(data, tmp_path, monkeypatch):
         train(toy_config(data, tmp_path / "run", compile=True))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP, None], ids=["killed", "stopped", "hangs"])
 def test_a_process_that_stops_is_named_and_ends_the_run(data, forking, tmp_path, sent):
     config = config_of(data, tmp_path / "run", timeout_seconds=8.0, checkpoint_every_steps=2)
     context = multiprocessing.get_context("forkserver")

@@ -25,6 +25,7 @@ from qformers.errors import QFormersError
 
 LONGEST_INTERVAL_SECONDS = 2.0
 SILENT_BEATS = 4  # a process that misses so many beats after an error is the one that stopped
+NAMES_SHOWN = 4
 DONE, FAILED = "done", "failed"
 
 logger = logging.getLogger(__name__)
@@ -123,13 +124,14 @@ class Watch:
             names = " and ".join(self._name(number) for number in stopped)
             return f"{names} stopped in step {self.step}; go on with --resume auto"
         behind = {number: int(after[number].split()[1]) for number in self._others if after[number] != DONE}
-        slowest = min(behind, key=lambda number: behind[number], default=None)
-        if slowest is not None and behind[slowest] < self.step:
-            return (
-                f"{self._name(slowest)} hangs in step {behind[slowest]}, waited for in step {self.step} "
-                f"for {self._timeout:g} s; go on with --resume auto"
-            )
-        return None
+        earliest = min(behind.values(), default=self.step)
+        if earliest == self.step and "imed out" not in str(error):
+            return None
+        slowest = [self._name(number) for number in behind if behind[number] == earliest]
+        return (
+            f"{' or '.join(slowest[:NAMES_SHOWN])} hangs in step {earliest}, waited for in step {self.step} "
+            f"for {self._timeout:g} s; go on with --resume auto"
+        )
 
     def _beat(self, count: int) -> None:
         self._store.set(_beat_of(self._rank), f"{count} {self.step}")
