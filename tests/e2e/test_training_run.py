@@ -72,7 +72,7 @@ def test_run_folder_holds_what_it_promises(finished):
     for name, weights in last_weights(output).items():
         assert torch.equal(saved.state_dict()[name], weights), name
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
-        "step_00000005",
+        "step_00000006",  # of the lowest validation loss when it was written
         "step_00000010",
         "step_00000012",
     ]

@@ -19,6 +19,7 @@ from qformers.errors import CheckpointError
 from qformers.models.freezing import freeze
 from qformers.training import checkpoint as module
 from qformers.training.checkpoint import (
+    Snapshot,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -47,7 +48,7 @@ def walk(model, optimiser, steps):
 
 def test_loading_gives_the_same_next_steps(tmp_path):
     model, optimiser = trained()
-    saved = save_checkpoint(tmp_path, 2, model, optimiser, keep=3)
+    saved = save_checkpoint(tmp_path, Snapshot.take(2, model, optimiser), keep=3)
     other, other_optimiser = trained(seed=1, steps=5)
     assert load_checkpoint(saved, other, other_optimiser) == 2
     for pair in ((model, optimiser), (other, other_optimiser)):
@@ -67,7 +68,7 @@ class WithFrozen(nn.Module):
 
 def test_frozen_parameters_and_buffers_are_absent(tmp_path):
     model = WithFrozen()
-    saved = save_checkpoint(tmp_path, 1, model, build_optimiser(model, OptimiserConfig()), keep=1)
+    saved = save_checkpoint(tmp_path, Snapshot.take(1, model, build_optimiser(model, OptimiserConfig())), keep=1)
     names = {f"trained.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     assert load_file(saved / "model.safetensors").keys() == names == trainable_state(model).keys()
 
@@ -75,7 +76,7 @@ def test_frozen_parameters_and_buffers_are_absent(tmp_path):
 def test_only_the_last_are_kept(tmp_path):
     model, optimiser = trained()
     for step in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, step, model, optimiser, keep=2)
+        save_checkpoint(tmp_path, Snapshot.take(step, model, optimiser), keep=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000003", "step_00000004"]
 
 
@@ -83,8 +84,8 @@ def test_only_the_last_are_kept(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, name, damage):
     model, optimiser = trained()
-    good = save_checkpoint(tmp_path, 1, model, optimiser, keep=2)
-    file = save_checkpoint(tmp_path, 2, model, optimiser, keep=2) / name
+    good = save_checkpoint(tmp_path, Snapshot.take(1, model, optimiser), keep=2)
+    file = save_checkpoint(tmp_path, Snapshot.take(2, model, optimiser), keep=2) / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
     if damage == "remove":
@@ -99,9 +100,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, name, damage):
 def test_a_damaged_later_checkpoint_never_displaces_a_good_one(tmp_path):
     model, optimiser = trained()
     for step in (10, 20):
-        save_checkpoint(tmp_path, step, model, optimiser, keep=1 if step == 10 else 2)
+        save_checkpoint(tmp_path, Snapshot.take(step, model, optimiser), keep=1 if step == 10 else 2)
     (tmp_path / "step_00000020" / "model.safetensors").unlink()
-    saved = save_checkpoint(tmp_path, 15, model, optimiser, keep=1)
+    saved = save_checkpoint(tmp_path, Snapshot.take(15, model, optimiser), keep=1)
     assert newest_checkpoint(tmp_path) == saved
     assert list_checkpoints(tmp_path) == [saved]
 
@@ -114,13 +115,13 @@ def test_a_damaged_later_checkpoint_never_displaces_a_good_one(tmp_path):
     ],
 )
 def test_another_models_checkpoint_is_refused_by_name(tmp_path, settings, said):
-    saved = save_checkpoint(tmp_path, 1, *trained(), keep=1)
+    saved = save_checkpoint(tmp_path, Snapshot.take(1, *trained()), keep=1)
     with pytest.raises(CheckpointError, match=said):
         load_checkpoint(saved, *trained(**settings))
 
 
 def test_a_checkpoint_with_more_than_the_model_trains_is_refused(tmp_path):
-    saved = save_checkpoint(tmp_path, 1, *trained(cross_attention_frequency=1), keep=1)
+    saved = save_checkpoint(tmp_path, Snapshot.take(1, *trained(cross_attention_frequency=1)), keep=1)
     with pytest.raises(CheckpointError, match=r"holds qformer\.blocks\.1\.cross_attention"):
         load_checkpoint(saved, *trained())
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_with_more_than_the_model_trains_is_refused(tmp_path):
 @pytest.mark.parametrize("fails_at", ["model.safetensors", "optimiser.safetensors", "state.json"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, fails_at):
     model, optimiser = trained()
-    good = save_checkpoint(tmp_path, 1, model, optimiser, keep=1)
+    good = save_checkpoint(tmp_path, Snapshot.take(1, model, optimiser), keep=1)
 
     def sync(path, original=module._sync):
         if path.name == fails_at:
@@ -137,7 +138,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, fail
 
     monkeypatch.setattr(module, "_sync", sync)
     with pytest.raises(CheckpointError, match="No space left on device; the last checkpoint is step_00000001") as error:
-        save_checkpoint(tmp_path, 2, model, optimiser, keep=1)
+        save_checkpoint(tmp_path, Snapshot.take(2, model, optimiser), keep=1)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [good]
     assert newest_checkpoint(tmp_path) == good
@@ -148,18 +149,18 @@ import resource, sys
 from pathlib import Path
 from helpers import tiny_stage1
 from qformers.errors import CheckpointError
-from qformers.training.checkpoint import newest_checkpoint, save_checkpoint
+from qformers.training.checkpoint import Snapshot, newest_checkpoint, save_checkpoint
 from qformers.training.config import OptimiserConfig
 from qformers.training.optimiser import build_optimiser
 
 folder = Path(sys.argv[1])
 model = tiny_stage1()
 optimiser = build_optimiser(model, OptimiserConfig())
-save_checkpoint(folder, 1, model, optimiser, keep=1)
+save_checkpoint(folder, Snapshot.take(1, model, optimiser), keep=1)
 size = (folder / "step_00000001" / "model.safetensors").stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 try:
-    save_checkpoint(folder, 2, model, optimiser, keep=1)
+    save_checkpoint(folder, Snapshot.take(2, model, optimiser), keep=1)
 except CheckpointError as error:
     print(error)
     print(newest_checkpoint(folder).name, sorted(path.name for path in folder.iterdir()))
@@ -177,7 +178,7 @@ def test_a_file_that_the_system_refuses_to_grow(tmp_path):
 
 
 def test_state_names_its_step_and_sums(tmp_path):
-    saved = save_checkpoint(tmp_path, 7, *trained(), keep=1)
+    saved = save_checkpoint(tmp_path, Snapshot.take(7, *trained()), keep=1)
     state = json.loads((saved / "state.json").read_text())
     assert state["step"] == 7
     assert set(state["sha256"]) == {"model.safetensors", "optimiser.safetensors"}

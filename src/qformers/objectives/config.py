@@ -25,6 +25,9 @@ class Stage1LossConfig:
     min_temperature: float = 0.01
     """The learned temperature is kept above it. CLIP's bound: no logit beyond 100. On little data a higher one keeps
     ITC from telling the training captions apart ever more sharply, which costs recall on words it has not seen."""
+    max_temperature: float = 0.5
+    """The learned temperature is kept below it: above, all similarities look alike to ITC and nothing is learned. A
+    run that arrives there has too large a learning rate, and a warning says so. ALBEF's bound; LAVIS's BLIP-2: none."""
     use_image_ids: bool = True
     """Pairs that share an image id share ITC targets and are never each other's ITM negatives."""
 
@@ -39,3 +42,8 @@ class Stage1LossConfig:
             raise ConfigError(f"objectives.itc_steps is {self.itc_steps}: it counts steps from 0")
         if self.min_temperature <= 0:
             raise ConfigError(f"objectives.min_temperature is {self.min_temperature}: similarities are divided by it")
+        if self.max_temperature < self.min_temperature:
+            raise ConfigError(
+                f"objectives.max_temperature is {self.max_temperature}, min_temperature {self.min_temperature}: "
+                "the temperature would have no room"
+            )

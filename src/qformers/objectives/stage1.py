@@ -178,12 +178,12 @@ class Stage1Objective(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the temperature above `min_temperature`; training calls it after every optimiser step.
+        """Keep the temperature within its bounds; training calls it after every optimiser step.
 
         The authors let it run free. At a large learning rate it then crosses zero, where ITC pulls apart what
         belongs together.
         """
-        self.model.temperature.clamp_(min=self.config.min_temperature)
+        self.model.temperature.clamp_(self.config.min_temperature, self.config.max_temperature)
 
 
 @torch.no_grad()

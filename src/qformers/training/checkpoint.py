@@ -2,7 +2,7 @@
 
     step_00000100/model.safetensors       trainable parameters, and buffers outside frozen modules
                   optimiser.safetensors   AdamW's moments as `<parameter>/<moment>`
-                  state.json              the step, and the sha256 of the two files
+                  state.json              the step, its validation loss, the sha256 of the two files
 
 Frozen parameters are absent: they come from where the config says. There is no random state to keep, because
 the order of the data and every random draw are functions of (seed, step); see `loop.py`.
@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,26 +35,45 @@ UNFINISHED = ".unfinished_"
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, keep: int) -> Path:
-    """Write `folder/step_<step>` and then remove all others but the `keep - 1` before it.
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after `step`, copied: training may go on while it is written."""
+
+    step: int
+    model: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    validation_loss: float | None  # measured after this very step
+
+    @classmethod
+    def take(
+        cls, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, validation_loss: float | None = None
+    ) -> Snapshot:
+        """Copies of what training changes, in the machine's memory."""
+        state, moments = trainable_state(model), _moments(model, optimiser)
+        return cls(step, _copies(state), _copies(moments), validation_loss)
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write `folder/step_<step>`; then remove the others but the `keep - 1` before it and the best.
 
     The files are complete and on the disk before their folder takes its name, so that a run killed meanwhile
-    leaves no half-written `step_…`.
+    leaves no half-written `step_…`. The best is the one of the lowest validation loss.
 
     Raises:
         CheckpointError: it could not be written (a full disk); what was partly written is removed and earlier
             checkpoints are left as they were.
     """
-    target = folder / f"step_{step:08d}"
+    target = folder / f"step_{snapshot.step:08d}"
     unfinished = folder / f"{UNFINISHED}{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _discard_unfinished(folder)
         unfinished.mkdir()
-        _save_tensors(trainable_state(model), unfinished / MODEL_FILE)
-        _save_tensors(_moments(model, optimiser), unfinished / OPTIMISER_FILE)
+        _save_tensors(snapshot.model, unfinished / MODEL_FILE)
+        _save_tensors(snapshot.moments, unfinished / OPTIMISER_FILE)
         sums = {name: _sha256(unfinished / name) for name in (MODEL_FILE, OPTIMISER_FILE)}
-        (unfinished / STATE_FILE).write_text(json.dumps({"step": step, "sha256": sums}, indent=2) + "\n")
+        state = {"step": snapshot.step, "validation_loss": snapshot.validation_loss, "sha256": sums}
+        (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
         _sync(unfinished / STATE_FILE)
         _sync(unfinished)
         if target.exists():
@@ -67,10 +88,11 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimiser: torch.
             + (f"the last checkpoint is {survivor.name}" if survivor else "there is no earlier checkpoint")
             + "; free some space and continue with --resume auto"
         ) from error
+    best = best_checkpoint(folder)
     earlier = [other for other in list_checkpoints(folder) if other <= target]
     later = [other for other in list_checkpoints(folder) if other > target]
     # A later one is there only because resuming found it damaged and passed it over.
-    for stale in earlier[:-keep] + later:
+    for stale in [other for other in earlier[:-keep] if other != best] + later:
         # It loses its name first, so that a half-removed checkpoint is never taken for one.
         stale.rename(_nameless(stale))
     _discard_unfinished(folder)
@@ -125,6 +147,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the lowest validation loss, the earliest of equals; None where none was measured."""
+    losses = {path: validation_loss(path) for path in list_checkpoints(folder)}
+    best = min(losses, key=lambda path: losses[path], default=None)
+    return None if best is None or math.isinf(losses[best]) else best
+
+
+def validation_loss(checkpoint: Path) -> float:
+    """What was measured after the checkpoint's step; infinite if nothing was, or it cannot be read."""
+    try:
+        loss = json.loads((checkpoint / STATE_FILE).read_text()).get("validation_loss")
+        return math.inf if loss is None or math.isnan(loss) else float(loss)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return math.inf
+
+
 def verify_checkpoint(checkpoint: Path) -> int:
     """Check the files' sums and return the step. Raises CheckpointError if anything is missing or altered."""
     try:
@@ -169,8 +207,12 @@ def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    save_file(dict(tensors), path)
     _sync(path)
 
 

@@ -130,7 +130,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 1000
     """A killed run repeats at most this many steps."""
     keep_checkpoints: int = 3
-    """Older ones are removed."""
+    """Older ones are removed, but for the one of the lowest validation loss."""
     evaluate_every_steps: int = 5000
     """How often to measure the losses on `data.validation`, if there is one."""
 

@@ -8,6 +8,7 @@ the weights of one that never was, bit for bit, on the same machine with the sam
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import platform
 import resource
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,13 +37,13 @@ from qformers.objectives.lm import Stage2Objective
 from qformers.objectives.output import StepOutput, count_passes
 from qformers.objectives.stage1 import Stage1Objective
 from qformers.training.batches import training_batches, validation_batches
-from qformers.training.checkpoint import save_checkpoint
 from qformers.training.config import TrainConfig
 from qformers.training.logging import open_log
 from qformers.training.optimiser import learning_rate, set_learning_rate
 from qformers.training.scaling import whole_state
 from qformers.training.setup import CHECKPOINTS, PRECISIONS, Run, announce, build_run, find_checkpoint
 from qformers.training.watch import Watch
+from qformers.training.writer import CheckpointWriter
 
 NAMES_SHOWN = 8
 SMALLEST_LOSS_SCALE = 1.0
@@ -50,6 +51,8 @@ GLOO_SECONDS = 0.2
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's settings in malloc.h
 
 Names = tuple[str, ...]
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(QFormersError):
@@ -101,7 +104,11 @@ def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerato
     bare = cast(Stage1Objective | Stage2Objective, accelerator.unwrap_model(objective))
     batches = training_batches(config, run.train_data, run.first_step, accelerator)
 
-    with open_log(config, run.first_step, accelerator) as log, stop_signals() as stop:
+    with (
+        open_log(config, run.first_step, accelerator) as log,
+        stop_signals() as stop,
+        CheckpointWriter(output / CHECKPOINTS, config.keep_checkpoints, accelerator.is_main_process) as checkpoints,
+    ):
         announce(config, run, accelerator)
         for step in range(run.first_step, config.steps + 1):
             watch.step = step
@@ -122,7 +129,7 @@ def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerato
             grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, config.optimiser.clip_norm)
             # The step's one wait for the device: no weight may move by a gradient that is not a number.
             if on_any_process(not_finite(grad_norm, done, scaler.scale), accelerator):
-                save(config, run, step - 1, accelerator)
+                checkpoints.save(step - 1, run.model, optimiser)
                 raise NonFiniteLossError(accuse(step, done, output))
             scaler.step()
             optimiser.zero_grad()
@@ -136,6 +143,7 @@ def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerato
                 if scaler.scale is not None:
                     row["loss_scale"] = scaler.scale
                 row["peak_memory_gb"] = peak_memory_gb(accelerator)
+                warn_of_temperature(step, row, config)
                 if "tokens_per_image" in row:
                     row["tokens_per_second"] = row["images_per_second"] * row["tokens_per_image"]
             if run.validation_data is not None and step % config.evaluate_every_steps == 0:
@@ -143,11 +151,14 @@ def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerato
                 log.start_clock(step)
             if row:
                 log.write(step, row)
-            stopping = on_any_process(bool(stop), accelerator)
-            if step % config.checkpoint_every_steps == 0 or step == config.steps or stopping:
-                save(config, run, step, accelerator)
+            stopping = on_any_process(bool(stop) or checkpoints.failed, accelerator)
+            validation = row.get("validation/total")
+            is_best = validation is not None and checkpoints.is_best(validation)
+            if step % config.checkpoint_every_steps == 0 or step == config.steps or stopping or is_best:
+                checkpoints.save(step, run.model, optimiser, validation)
             if stopping and step < config.steps:
                 raise TrainingStoppedError(f"stopped after step {step} of {config.steps}; go on with --resume auto")
+        checkpoints.wait()
         state = whole_state(run.model)
         if accelerator.is_main_process:
             save_model(run.model, config.model, run.tokenizer, output / "model", run.language, state)
@@ -201,6 +212,16 @@ def accuse(step: int, done: Sequence[tuple[Names, StepOutput]], output: Path) ->
     )
 
 
+def warn_of_temperature(step: int, row: Mapping[str, float], config: TrainConfig) -> None:
+    """Say so when the temperature has run up to its bound: ITC learns nothing there."""
+    if row.get("temperature", 0.0) >= config.objectives.max_temperature * (1 - 1e-6):
+        logger.warning(
+            "step %d: the temperature has run up to objectives.max_temperature, %g: lower optimiser.lr",
+            step,
+            config.objectives.max_temperature,
+        )
+
+
 @torch.no_grad()
 def mean_terms(done: Sequence[tuple[Names, StepOutput]], accelerator: Accelerator) -> dict[str, float]:
     """Losses and statistics, averaged over the passes of `done` and over the processes."""
@@ -246,14 +267,6 @@ def on_any_process(here: bool, accelerator: Accelerator) -> bool:
         return here
     count = accelerator.reduce(torch.tensor(float(here), device=accelerator.device))
     return cast(Tensor, count).item() > 0
-
-
-def save(config: TrainConfig, run: Run, step: int, accelerator: Accelerator) -> None:
-    """Save the state after `step`. Processes hold equal copies, so the main one's is enough."""
-    if accelerator.is_main_process:
-        folder = Path(config.output) / CHECKPOINTS
-        save_checkpoint(folder, step, run.model, run.optimiser, config.keep_checkpoints)
-    accelerator.wait_for_everyone()
 
 
 def leave_together(accelerator: Accelerator) -> None:
