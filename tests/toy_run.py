@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,22 @@ def write_toy_data(folder: Path, pictures: int = 16) -> None:
     Dinov2Model(shape).save_pretrained(folder / "encoder")
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+
+
+def write_tars(folder: Path, pictures: int = 16, shards: int = 4) -> None:
+    """WebDataset tars `pairs-0.tar`, …, of as many pictures each, with two captions to choose from."""
+    folder.mkdir(exist_ok=True)
+    draw = np.random.default_rng(0)
+    for shard, numbers in enumerate(np.split(np.arange(pictures), shards)):
+        with tarfile.open(folder / f"pairs-{shard}.tar", "w") as archive:
+            for number in numbers:
+                picture = io.BytesIO()
+                Image.fromarray(draw.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(picture, "PNG")
+                facts = {"caption": [" ".join(draw.choice(WORDS, 6)) for _ in range(2)], "words": f"w{number}"}
+                for suffix, content in (("png", picture.getvalue()), ("json", json.dumps(facts).encode())):
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
 
 
 def toy_config(data: Path, output: Path, *, workers: int = 0, features: Path | None = None, **settings) -> TrainConfig:

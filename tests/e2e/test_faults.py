@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_run import metric_rows, small_disk, toy_config, write_toy_data
+from toy_run import metric_rows, small_disk, toy_config, write_tars, write_toy_data
 
+from qformers.data.config import SourceConfig
 from qformers.errors import CheckpointError, DataError
 from qformers.objectives.config import Stage1LossConfig
 from qformers.training import batches
@@ -129,3 +130,32 @@ def test_the_best_checkpoint_is_kept_beside_the_last(data, tmp_path, monkeypatch
     train(replace(config, checkpoint_every_steps=4))
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step_00000006", "step_00000012"]
+
+
+def test_shards_that_go_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    """One: its records are named and left out. All: the run stops; with the shards back it ends as if nothing was."""
+    write_toy_data(tmp_path)
+    write_tars(tmp_path / "tars")
+    whole = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
+    base = toy_config(tmp_path, tmp_path / "undisturbed")
+    tars = [SourceConfig(path=str(tmp_path / "tars"), stream=True)]
+    base = replace(base, data=replace(base.data, train=tars, max_broken_fraction=0.5))
+    train(base)
+    one = tmp_path / "tars" / "pairs-2.tar"
+    with monkeypatch.context() as patched:
+        after_step(patched, 4, lambda: os.truncate(one, 0))
+        train(replace(base, output=str(tmp_path / "one")))
+    named = (tmp_path / "one" / "broken_images.log").read_text().splitlines()
+    assert len(named) == 4 and all(f"{one} record " in line and "its shard cannot be read" in line for line in named)
+    config = replace(base, output=str(tmp_path / "all"))
+    one.write_bytes(whole[one])
+    with monkeypatch.context() as patched:
+        after_step(patched, 6, lambda: [os.truncate(path, 0) for path in whole])
+        with pytest.raises(
+            DataError, match=r"no row of a whole batch can be used: .*\.tar record \d: its shard cannot"
+        ):
+            train(config)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    train(config, resume="auto")
+    assert_same(tmp_path / "all", last_weights(tmp_path / "undisturbed"))

@@ -17,7 +17,8 @@ from PIL import Image
 from qformers.data.batch import Batch, BrokenImage
 from qformers.data.broken import BrokenTally
 from qformers.data.config import SourceConfig, TransformConfig
-from qformers.data.dataset import CaptionDataset, EpochSampler, Example, collate, make_loader
+from qformers.data.dataset import CaptionDataset, Example, collate, make_loader
+from qformers.data.sampling import EpochSampler
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import evaluation_transform

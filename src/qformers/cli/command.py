@@ -44,13 +44,17 @@ def model_option(parser: ArgumentParser) -> None:
 
 
 def source_options(parser: ArgumentParser) -> None:
-    """How to read pictures with captions: SourceConfig without the path, which each command names itself."""
+    """How to read pictures with captions: SourceConfig without what only training reads, and without the path, which
+    each command names itself."""
     from qformers.data.config import SourceConfig
 
-    parser.add_class_arguments(SourceConfig, None, skip={"path"})
+    parser.add_class_arguments(SourceConfig, None, skip={"path", "stream", "weight"})
 
 
 def instance(config: type, options: Namespace, **given: Any) -> Any:
-    """A `config` dataclass from the options that were built from its fields, and what is `given` apart."""
-    built = {field.name: options[field.name] for field in fields(config) if field.name not in given}
+    """A `config` dataclass from the options that were built from its fields, and what is `given` apart; the fields
+    that are no options keep their defaults."""
+    built = {
+        field.name: options[field.name] for field in fields(config) if field.name not in given and field.name in options
+    }
     return config(**built, **given)

@@ -6,14 +6,19 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from io import BytesIO
 from itertools import groupby
 from typing import IO, Any, cast
+
+import numpy as np
+from jaxtyping import Int
 
 from qformers.errors import DataError
 
 _PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 Row = dict[str, Any]
+BinaryFile = Any  # open for reading: the files of fsspec's filesystems have no type in common
 
 # Each generator takes `stamp` unread: `datasets` keys its cache by a generator's arguments, and the stamp
 # is the argument that changes when a file does.
@@ -63,17 +68,66 @@ def archive_rows(files: list[str], caption_column: str, id_column: str, stamp: s
     for path in files:
         try:
             with tarfile.open(path) as archive:
-                members = (member for member in archive if member.isfile())
-                for key, group in groupby(members, key=lambda member: _split_name(member.name)[0]):
-                    # extractfile gives None for what is no file, and `members` are files.
-                    parts = {
-                        _split_name(member.name)[1]: cast(IO[bytes], archive.extractfile(member)).read()
-                        for member in group
-                    }
-                    yield _archive_row(os.path.basename(path), key, parts, caption_column, id_column)
+                for key, members in _samples(archive):
+                    yield _sample_row(archive, os.path.basename(path), key, members, caption_column, id_column)
+                _check_end(archive)
         except (tarfile.TarError, EOFError, OSError) as error:
-            reason = str(error).partition("\n")[0].rstrip(":")
-            raise DataError(f"{path}: not a readable tar: {reason}") from error
+            raise _unreadable(path, error) from error
+
+
+def sample_spans(file: BinaryFile, path: str) -> Int[np.ndarray, "samples 2"]:
+    """Where each sample of an uncompressed tar begins, and its bytes. Reads the headers alone.
+
+    Raises:
+        DataError: the tar is damaged or cut off; names the place.
+    """
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            spans = []
+            for _, members in _samples(archive):
+                last = members[-1]
+                end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                spans.append((members[0].offset, end - members[0].offset))
+            _check_end(archive)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise _unreadable(path, error) from error
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def sample_row(content: bytes, shard: str, caption_column: str, id_column: str) -> Row:
+    """The one sample in `content`, cut out of the tar `shard` as `sample_spans` says.
+
+    Raises:
+        ValueError: there is none, as when the tar has changed since.
+    """
+    try:
+        with tarfile.open(fileobj=BytesIO(content), mode="r:") as archive:
+            samples = list(_samples(archive))
+            if len(samples) != 1:
+                raise ValueError(f"{len(samples)} samples where one was: it has changed since it was indexed")
+            return _sample_row(archive, shard, *samples[0], caption_column, id_column)
+    except tarfile.TarError as error:
+        raise ValueError(f"it has changed since it was indexed: {error}") from error
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    files = (member for member in archive if member.isfile())
+    for key, members in groupby(files, key=lambda member: _split_name(member.name)[0]):
+        yield key, list(members)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """`tarfile` takes a damaged header for the end, and so would drop every sample after it without a word."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+        raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}, after {len(archive.getmembers())} files")
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    reason = str(error).partition("\n")[0].rstrip(":")
+    return DataError(f"{path}: not a readable tar: {reason}")
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -82,7 +136,16 @@ def _split_name(name: str) -> tuple[str, str]:
     return os.path.join(folder, stem), suffix.lower()
 
 
-def _archive_row(shard: str, key: str, parts: dict[str, bytes], caption_column: str, id_column: str) -> Row:
+def _sample_row(
+    archive: tarfile.TarFile,
+    shard: str,
+    key: str,
+    members: list[tarfile.TarInfo],
+    caption_column: str,
+    id_column: str,
+) -> Row:
+    # extractfile gives None for what is no file, and `members` are files.
+    parts = {_split_name(member.name)[1]: cast(IO[bytes], archive.extractfile(member)).read() for member in members}
     suffix = next((suffix for suffix in parts if suffix in _PICTURE_SUFFIXES), None)
     name = f"{shard}/{key}" if suffix is None else f"{shard}/{key}.{suffix}"
     try:

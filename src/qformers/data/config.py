@@ -28,6 +28,15 @@ class SourceConfig:
     """Left at its default, "captions" and "text" are found too."""
     id_column: str = "image_id"
     """Same id, same picture. Without such a column the picture's path is its id."""
+    stream: bool = False
+    """To train: read tars and parquet files where they are and copy nothing. `path` may be a URL (s3://, hf://, …)."""
+    weight: float | None = None
+    """To train: this source's share of every batch, relative to the others'; all of them need one then. Without weights
+    the sources are read as one."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.weight <= 0:
+            raise ConfigError(f"{self.path}: weight is {self.weight}: it must be above 0, or leave the source out")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -18,10 +16,14 @@ from torch.utils.data import Dataset as TorchDataset
 
 from qformers.data.batch import IGNORED_LABEL, Batch, BrokenImage
 from qformers.data.images import load_image
+from qformers.data.sampling import EpochSampler, MixtureSampler, Part, entropy_generator
+from qformers.data.shards import RecordList, image_number
 from qformers.data.sources import picture_of
 from qformers.data.text import clean_caption, pad
 from qformers.data.transforms import TransformConfig, evaluation_transform, train_transform
-from qformers.errors import ConfigError, DataError
+from qformers.errors import DataError
+
+Records = datasets.Dataset | RecordList
 
 
 @runtime_checkable
@@ -80,23 +82,37 @@ class CaptionDataset(TorchDataset):
 
     def __init__(
         self,
-        records: datasets.Dataset,
+        records: Records,
         tokenizer: CaptionEncoder,
         transform: TransformConfig,
         train: bool,
         seed: int = 0,
         features: FeatureReader | None = None,
     ) -> None:
-        self.records = records if features is None else records.remove_columns("image")
+        is_table = isinstance(records, datasets.Dataset)
+        self.records = records if features is None or not is_table else records.remove_columns("image")
         self.tokenizer = tokenizer
         self.transform = transform
         self.train = train
         self.seed = seed
         self.features = features
-        ids = records.select_columns("image_id").with_format("arrow")[:]["image_id"]
-        self.image_ids: Int[np.ndarray, " records"] = (
-            ids.dictionary_encode().combine_chunks().indices.to_numpy().astype(np.int64)
-        )
+        self._table_ids: Int[np.ndarray, " records"] | None = None
+        if is_table:
+            ids = records.select_columns("image_id").with_format("arrow")[:]["image_id"]
+            self._table_ids = ids.dictionary_encode().combine_chunks().indices.to_numpy().astype(np.int64)
+
+    @property
+    def image_ids(self) -> Int[np.ndarray, " records"]:
+        """A number for each record, equal for records of the same picture. Of tables only: the ids of streamed records
+        are not known before each is read."""
+        assert self._table_ids is not None, "streamed records are trained on, not evaluated"
+        return self._table_ids
+
+    @property
+    def table(self) -> datasets.Dataset:
+        """The records, where they are a table and not streamed."""
+        assert isinstance(self.records, datasets.Dataset), "streamed records are trained on, not evaluated"
+        return self.records
 
     def __len__(self) -> int:
         return len(self.records)
@@ -104,8 +120,12 @@ class CaptionDataset(TorchDataset):
     def __getitem__(self, key: tuple[int, int]) -> Example | BrokenImage:
         """The example at `(epoch, index)`."""
         epoch, index = key
-        record = self.records[index]
-        generator = _generator(self.seed, epoch, index)
+        try:
+            record = self.records[index]
+        except DataError as error:
+            assert isinstance(self.records, RecordList)  # a table's rows are in memory
+            return _broken(self.records.place(index), error)
+        generator = entropy_generator(self.seed, epoch, index)
         captions = record["captions"]
         if not captions:
             return BrokenImage(record["name"], "it has no caption")
@@ -118,7 +138,7 @@ class CaptionDataset(TorchDataset):
             pictures = self._picture(index, record, generator if self.train else None)
         except DataError as error:
             return _broken(record["name"], error)
-        return Example(input_ids, int(self.image_ids[index]), record["name"], **pictures, labels=labels)
+        return Example(input_ids, self._image_id(index, record), record["name"], **pictures, labels=labels)
 
     def images(self) -> ImageView:
         """Every distinct picture once, for retrieval evaluation."""
@@ -129,7 +149,7 @@ class CaptionDataset(TorchDataset):
         the same picture."""
         texts, positions, empty = [], [], []
         order = {int(self.image_ids[index]): position for position, index in enumerate(self.first_records)}
-        rows = self.records.select_columns(["captions", "name"]).to_list()
+        rows = self.table.select_columns(["captions", "name"]).to_list()
         for image_id, row in zip(self.image_ids, rows, strict=True):
             for caption in map(clean_caption, row["captions"][:per_record]):
                 if caption:
@@ -141,8 +161,13 @@ class CaptionDataset(TorchDataset):
 
     @property
     def first_records(self) -> Int[np.ndarray, " images"]:
-        """For each distinct image id, in order of appearance, the index of its first record."""
+        """For each distinct image id, in order of appearance, the index of its first record; if streamed, all."""
+        if self._table_ids is None:
+            return np.arange(len(self.records))
         return np.sort(np.unique(self.image_ids, return_index=True)[1])
+
+    def _image_id(self, index: int, record: dict[str, Any]) -> int:
+        return image_number(record["image_id"]) if self._table_ids is None else int(self._table_ids[index])
 
     def _picture(self, index: int, record: dict[str, Any], generator: np.random.Generator | None) -> dict[str, Tensor]:
         """Pixels or features, in a random view if there is a generator."""
@@ -174,7 +199,7 @@ class ImageView(TorchDataset):
         except DataError as error:
             return _broken(record["name"], error)
         no_caption, _ = dataset.tokenizer.encode_example("", None)
-        return Example(no_caption, int(dataset.image_ids[index]), record["name"], **pictures)
+        return Example(no_caption, dataset._image_id(index, record), record["name"], **pictures)
 
 
 def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
@@ -199,56 +224,6 @@ def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
     )
 
 
-class EpochSampler:
-    """Batches of (epoch, index), reshuffled each epoch as a function of (seed, epoch).
-
-    The rows left over at the end of an epoch are dropped, as torch's `drop_last` does. `start_step` continues
-    exactly where a run that took as many steps stopped; after `stop_step` steps in all (None: never) it ends.
-    `batch_size` is of the whole step: process `rank`
-    of `world_size` yields its equal slice of it, so what a step trains on does not depend on their number.
-    Raises DataError if the data set is smaller than a batch, ConfigError if the slices are not equal.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int = 0,
-        start_step: int = 0,
-        stop_step: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise ConfigError(
-                f"batch_size is {batch_size} for {world_size} process(es): it must be a multiple, so that "
-                "each has as many rows"
-            )
-        if length < batch_size:
-            raise DataError(f"the data set has {length} records, the batch size is {batch_size}: no batch can be full")
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_step = start_step
-        self.stop_step = stop_step
-        self.rank = rank
-        self.world_size = world_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full batches in one pass over the data."""
-        return self.length // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        local = self.batch_size // self.world_size
-        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
-        for epoch, of_epoch in itertools.groupby(steps, key=lambda step: step // self.steps_per_epoch):
-            order = _generator(self.seed, epoch).permutation(self.length)
-            for step in of_epoch:
-                first = step % self.steps_per_epoch * self.batch_size + self.rank * local
-                yield [(epoch, int(index)) for index in order[first : first + local]]
-
-
 def make_loader(
     dataset: CaptionDataset,
     batch_size: int,
@@ -259,8 +234,12 @@ def make_loader(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    shuffle_buffer: int = 0,
 ) -> DataLoader:
     """Training batches up to `stop_step`: the same ones, in the same order, with any number of worker processes.
+
+    Batches are those of `EpochSampler`, or of `MixtureSampler` if the sources have weights; `shuffle_buffer` is of
+    streamed ones.
 
     Without `stop_step` there is no end, and workers are then stopped in the middle of their work, which one may
     leave by aborting: its queue's thread can still be handing over a batch when its interpreter goes.
@@ -268,18 +247,21 @@ def make_loader(
     Workers are spawned, not forked (a fork of a process that runs CUDA or tokenizer threads can hang), so a
     script that uses them needs the usual `if __name__ == "__main__"`.
     """
+    records, buffer = dataset.records, shuffle_buffer
+    parts = records.parts() if isinstance(records, RecordList) else [Part(0, len(records))]
+    where = {"start_step": start_step, "stop_step": stop_step, "rank": rank, "world_size": world_size}
+    if parts[0].weight is None:
+        sampler = EpochSampler(parts[0].length, batch_size, seed, pieces=parts[0].pieces, buffer=buffer, **where)
+    else:
+        sampler = MixtureSampler(parts, batch_size, seed, buffer=buffer, **where)
     return DataLoader(
         dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, seed, start_step, stop_step, rank, world_size),
+        batch_sampler=sampler,
         collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers > 0 else None,
     )
-
-
-def _generator(*entropy: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def _broken(name: str, error: DataError) -> BrokenImage:

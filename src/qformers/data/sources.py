@@ -113,7 +113,8 @@ def _locate(config: SourceConfig) -> _Located:
         return _locate_in_folder(config, path)
     files = [path] if path.exists() else sorted(Path(match) for match in glob.glob(config.path))
     if not files:
-        raise DataError(f"{config.path}: no such file or folder")
+        advice = "; a URL can be read with stream: true" if "://" in config.path else ""
+        raise DataError(f"{config.path}: no such file or folder{advice}")
     if config.format == "imagefolder":
         raise DataError(f"{path}: format 'imagefolder' needs a folder with {' or '.join(_METADATA_FILES)}")
     if config.format != "auto":
@@ -210,29 +211,29 @@ def _read_table(source: _Located, config: SourceConfig) -> datasets.Dataset:
         _BUILDERS[source.format], name=source.stamp, data_files=files, split="train", **options
     )
     columns = _Columns(
-        _column(table, config.image_column, "image", "image_column", source),
-        _column(table, config.caption_column, "caption", "caption_column", source),
+        find_column(table.column_names, config.image_column, "image", "image_column", source.files[0]),
+        find_column(table.column_names, config.caption_column, "caption", "caption_column", source.files[0]),
         config.id_column if config.id_column in table.column_names else None,
     )
     if columns.id is None and config.id_column != SourceConfig.id_column:
-        raise _missing(table, config.id_column, "id_column", source)
+        raise _missing(table.column_names, config.id_column, "id_column", source.files[0])
     if source.split is not None:
-        _column(table, "split", "split", "split", source)
+        find_column(table.column_names, "split", "split", "split", source.files[0])
         table = table.filter(lambda value: value == source.split, input_columns="split").flatten_indices()
     return _with_contract_columns(table, columns, config.images or str(source.files[0].parent), config.path)
 
 
-def _column(table: datasets.Dataset, name: str, default: str, setting: str, source: _Located) -> str:
+def find_column(there: list[str], name: str, default: str, setting: str, file: str | Path) -> str:
+    """Which of the columns `there` is meant by `name`, whose default goes by other names too. Raises DataError."""
     names = (name, *_OTHER_NAMES.get(default, ())) if name == default else (name,)
-    found = next((candidate for candidate in names if candidate in table.column_names), None)
+    found = next((candidate for candidate in names if candidate in there), None)
     if found is None:
-        raise _missing(table, name, setting, source)
+        raise _missing(there, name, setting, file)
     return found
 
 
-def _missing(table: datasets.Dataset, name: str, setting: str, source: _Located) -> DataError:
-    there = ", ".join(table.column_names)
-    return DataError(f"{source.files[0]}: no column {name!r}; there are: {there}. Set {setting} to the one meant")
+def _missing(there: list[str], name: str, setting: str, file: str | Path) -> DataError:
+    return DataError(f"{file}: no column {name!r}; there are: {', '.join(there)}. Set {setting} to the one meant")
 
 
 def _with_contract_columns(
@@ -281,13 +282,14 @@ def _contract_rows(
     ids = batch[columns.id] if columns.id else names
     return {
         "image": [{"path": os.path.join(folder, path) if path else "", "bytes": None} for path in paths],
-        "captions": [_as_list(value) for value in batch[columns.caption]],
+        "captions": [as_list(value) for value in batch[columns.caption]],
         "image_id": [name if value in (None, "") else str(value) for value, name in zip(ids, names, strict=True)],
         "name": names,
     }
 
 
-def _as_list(value: Any) -> list[str]:
+def as_list(value: Any) -> list[str]:
+    """The captions of a record, given as none, one or several."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):

@@ -181,7 +181,7 @@ def _ridge(
     """Ridge similarities of the held-out sets; the penalty, and which kinds of training pictures to fit on, are
     chosen on the validation set of the same kind."""
     sets = {name: _retrieval_set(datasets[name], stores[name], text_encoder) for name in datasets}
-    kinds = datasets["train"].records["kind"]
+    kinds = datasets["train"].table["kind"]
     train = sets["train"]
     parts = [
         train.subset(torch.tensor([kind in chosen for kind in kinds]))

@@ -172,7 +172,7 @@ def evaluate_captioning(
     transform = transform_for(loaded.model.vision_encoder)
     dataset = CaptionDataset(open_source(source), captioner.tokenizer, transform, train=False)
     domain_of = read_domains(source.path) if domains else {}
-    if unknown := [image_id for image_id in dataset.records["image_id"] if domains and str(image_id) not in domain_of]:
+    if unknown := [image_id for image_id in dataset.table["image_id"] if domains and str(image_id) not in domain_of]:
         raise DataError(f"{source.path}: {len(unknown)} pictures have no domain, such as {unknown[0]}")
     scores = caption_dataset(captioner, dataset, settings)
     metrics = {"images": float(len(scores.captions))}
@@ -192,9 +192,9 @@ def caption_dataset(captioner: Captioner, dataset: CaptionDataset, settings: Gen
     # As people wrote them: the scores' own tokenizer does what cleaning is for.
     places = {int(dataset.image_ids[row]): place for place, row in enumerate(dataset.first_records)}
     references: list[list[str]] = [[] for _ in places]
-    for image, texts in zip(dataset.image_ids, dataset.records["captions"], strict=True):
+    for image, texts in zip(dataset.image_ids, dataset.table["captions"], strict=True):
         references[places[int(image)]] += [text for text in texts if text.strip()]
-    ids = [str(dataset.records[int(row)]["image_id"]) for row in dataset.first_records]
+    ids = [str(dataset.table[int(row)]["image_id"]) for row in dataset.first_records]
     for image_id, texts in zip(ids, references, strict=True):
         if not texts:
             raise DataError(f"picture {image_id} has no caption to compare with: mend or remove it")

@@ -133,7 +133,7 @@ def _match_logits(
     encoded = tokenizer.encode(texts)
     if scores is None:
         return np.concatenate(list(_parts(model, dataset, encoded, pairs, 0)))
-    records: Any = dataset.records.select(dataset.first_records)
+    records: Any = dataset.table.select(dataset.first_records)
     # Of precomputed features the pictures are not read; the store has vouched for them.
     pictures = records_fingerprint(records) if dataset.features is None else json.dumps(records["name"][:])
     key = score_key(fingerprint(model.state_dict()), texts, pictures, pairs)

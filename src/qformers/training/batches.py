@@ -48,6 +48,7 @@ def training_batches(
             workers=config.data.workers,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            shuffle_buffer=config.data.shuffle_buffer,
         )
         loader.worker_init_fn = _leave_signals_to_parent
         # Its own: a loader draws a number when it starts, which would shift the draws of a resumed run's step.

@@ -19,6 +19,8 @@ class DataConfig:
     """One or more sources, read as one. Equal image ids are the same picture, across sources too."""
     validation: list[SourceConfig] = field(default_factory=list)
     """Sources whose losses are measured every `evaluate_every_steps`."""
+    shuffle_buffer: int = 10_000
+    """Of streamed sources: their shards are shuffled, and a record comes by up to so many places sooner or later."""
     features: str | None = None
     """Folder of a feature store made by `qformers data features` for `train`: the encoder is then not run."""
     feature_views: int = 4
@@ -39,6 +41,12 @@ class DataConfig:
             raise ConfigError(
                 "data.train names no source: give at least one, e.g. --data.train '[{path: pairs.jsonl}]'"
             )
+        weighted = sum(source.weight is not None for source in self.train)
+        if 0 < weighted < len(self.train):
+            raise ConfigError(
+                f"data.train: {weighted} of {len(self.train)} sources have a weight: give all of them one, or none"
+            )
+        _at_least("data.shuffle_buffer", self.shuffle_buffer, 0)
         _at_least("data.batch_size", self.batch_size, 1)
         _at_least("data.feature_views", self.feature_views, 1)
         _at_least("data.workers", self.workers, 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qformers.data.config import TransformConfig
+from qformers.data.dataset import Records
 from qformers.data.features import FeatureStore, write_features
 from qformers.data.images import load_image
 from qformers.data.transforms import evaluation_transform, train_transform, transform_for
@@ -66,7 +66,7 @@ def precompute(config: TrainConfig) -> FeatureStore:
 class PictureViews(Dataset):
     """Every view of every picture, in the order of the store (record x views + view). NaN: undecodable."""
 
-    records: datasets.Dataset
+    records: Records
     transform: TransformConfig
     views: int
     seed: int

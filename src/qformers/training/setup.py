@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from qformers.data.config import SourceConfig
-from qformers.data.dataset import CaptionDataset, collate
+from qformers.data.dataset import CaptionDataset, Records, collate
 from qformers.data.features import FeatureKey, FeatureStore, records_fingerprint
 from qformers.data.language_text import LanguageTokenizer
+from qformers.data.shards import RecordList, ShardRecords
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
@@ -199,13 +200,21 @@ def build_encoder(config: TrainConfig) -> VisionEncoder:
     )
 
 
-def open_sources(sources: list[SourceConfig]) -> datasets.Dataset:
+def open_sources(sources: list[SourceConfig]) -> Records:
     """The records of all sources, one after another. Equal image ids are one picture, across sources too."""
     columns = ["image", "captions", "image_id", "name"]
-    return datasets.concatenate_datasets([open_source(source).select_columns(columns) for source in sources])
+    opened = [
+        ShardRecords.open(source) if source.stream else open_source(source).select_columns(columns)
+        for source in sources
+    ]
+    tables = [source for source in opened if isinstance(source, datasets.Dataset)]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights or len(tables) < len(opened):
+        return RecordList(opened, weights)
+    return datasets.concatenate_datasets(tables)
 
 
-def feature_key(config: TrainConfig, encoder: VisionEncoder, records: datasets.Dataset) -> FeatureKey:
+def feature_key(config: TrainConfig, encoder: VisionEncoder, records: Records) -> FeatureKey:
     """What precomputed features of `records` depend on; a store with another key is refused."""
     return FeatureKey(
         encoder=encoder.fingerprint(),
