@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attention
+import loading
 import rerank
 import stage1_step
 
 BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
     "attention": attention.run,
+    "loading": loading.run,
     "rerank": rerank.run,
     "stage1_step": stage1_step.run,
 }

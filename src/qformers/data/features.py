@@ -1,12 +1,14 @@
 """A store of precomputed frozen image features on disk, so that training never runs the image encoder.
 
-A store is a folder of two files:
+A store is a folder of
 
-- `features.bf16`: raw little-endian bfloat16, rows of `patches x dim`, one row per record and view: record 0
-  view 0, record 0 view 1, …, record 1 view 0, … in the order of the records. View 0 is the evaluation
-  transform, the others are random training crops. The row of an undecodable picture is all NaN.
-- `store.json`: what the features were made from (`FeatureKey`), the shape, how many rows are durably
-  written, and whether that is all of them.
+- `store.json`: what the features were made from (`FeatureKey`), the shape, and how many rows a shard has;
+- `features-00000.safetensors`, …: shards, each whole or not there. Tensors: `features` (rows patches dim), in bfloat16,
+  or in int8 with `scales` (rows patches) in float32; `checksums` (rows), xxh3 of each row's bytes, scales included.
+
+A row is a record and view: record 0 view 0, record 0 view 1, …, record 1 view 0, … in the order of the records. View 0
+is the evaluation transform, the others are random training crops. The row of an undecodable picture is all NaN.
+`feature_writing.py` makes stores.
 """
 
 from __future__ import annotations
@@ -14,22 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
 from qformers.errors import DataError
 
-FORMAT = 1
-FLUSH_SECONDS = 10.0
+FORMAT = 2
+SHARDS_MAPPED = 512  # at a time: the kernel limits how many maps a process has
+DTYPES = {"BF16": torch.bfloat16, "I8": torch.int8, "F32": torch.float32, "I64": torch.int64}  # safetensors' names
 SAMPLE_BYTES = 64 * 1024
 FIX = "run `qformers data features` again"
 
@@ -44,6 +45,7 @@ class FeatureKey:
     transform: Mapping[str, Any]  # the transform's settings, as `dataclasses.asdict` gives them
     views: int
     records: str  # `records_fingerprint` of the data set
+    dtype: str = "bfloat16"  # or int8
 
     def flat(self) -> dict[str, Any]:
         """The fields as JSON keeps them, the transform's settings as `transform.<name>`."""
@@ -82,15 +84,15 @@ def _sample(image: Mapping[str, Any]) -> tuple[int, bytes]:
 
 
 class FeatureStore:
-    """Frozen features of a data set, read from disk without copying. Make one with `open` or `create`.
+    """Frozen features of a data set, in mapped files. Make one with `open`, or `create` in `feature_writing.py`.
 
-    It can be pickled: a DataLoader worker maps the file anew on its first read.
+    It can be pickled: a DataLoader worker maps the files anew.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder = folder
         self.header = header
-        self._rows: Tensor | None = None
+        self._shards: dict[int, dict[str, Tensor]] = {}
 
     @property
     def records(self) -> int:
@@ -109,223 +111,142 @@ class FeatureStore:
         return self.header["dim"]
 
     @property
+    def dtype(self) -> str:
+        return self.header["key"]["dtype"]
+
+    @property
     def rows(self) -> int:
         """Rows of the complete store: one per record and view."""
         return self.records * self.views
 
     @property
-    def rows_written(self) -> int:
-        """Rows that survive a kill: a writer goes on from here."""
-        return self.header["rows_written"]
+    def row_bytes(self) -> int:
+        """Of one row on the disk."""
+        return self.patches * (self.dim * 2 if self.dtype == "bfloat16" else self.dim + 4)
 
     @property
-    def complete(self) -> bool:
-        return self.header["complete"]
+    def shards(self) -> int:
+        """How many files the complete store has."""
+        return -(-self.rows // self.header["rows_per_shard"])
+
+    def shard_rows(self, number: int) -> range:
+        """The rows of shard `number`."""
+        size = self.header["rows_per_shard"]
+        return range(number * size, min((number + 1) * size, self.rows))
+
+    def shard_path(self, number: int) -> Path:
+        """The file of shard `number`."""
+        return self.folder / f"features-{number:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Shards that are not there, or too short."""
+        return [number for number in range(self.shards) if not self._is_there(number)]
 
     def __len__(self) -> int:
         return self.records
-
-    @property
-    def _data_file(self) -> Path:
-        return self.folder / "features.bf16"
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.patches * self.dim * 2
 
     @classmethod
     def open(cls, folder: str | Path, expected_key: FeatureKey) -> FeatureStore:
         """The complete store in `folder`; DataError if it is missing, stale, incomplete or truncated."""
         folder = Path(folder)
-        store = cls(folder, _read_header(folder))
+        store = cls(folder, read_header(folder))
         difference = _first_difference(store.header["key"], expected_key.flat())
         if difference:
             raise DataError(f"{folder}: the features are stale, {difference}: {FIX}")
-        if not store.complete:
+        if missing := store.missing():
             raise DataError(
-                f"{folder}: only {store.rows_written} of {store.rows} rows are written "
-                f"({store.records} records x {store.views} views): {FIX}, it goes on where it stopped"
+                f"{folder}: {len(missing)} of {store.shards} shards are missing or cut off, the first is "
+                f"{store.shard_path(missing[0]).name} ({store.records} records x {store.views} views): {FIX}, "
+                "it makes those alone"
             )
-        store._check_size()
         return store
 
     def read(self, index: int, view: int = 0) -> Float[Tensor, "patches dim"]:
-        """Features of record `index` in bfloat16: a view of the mapped file, so nothing is copied.
+        """Features of record `index` in bfloat16: in a bfloat16 store a view of the mapped file, so nothing is copied.
 
-        Raises DataError when the record's picture could not be decoded while the store was written.
+        Every row is checked as it is read.
+
+        Raises:
+            DataError: the record's picture could not be decoded while the store was written, or the row is not as
+                written, or its shard is gone.
         """
         if not (0 <= index < self.records and 0 <= view < self.views):
             raise DataError(
                 f"{self.folder}: record {index}, view {view} asked of a store with {self.records} records "
                 f"and {self.views} views"
             )
-        if self._rows is None:
-            size = self.rows * self.patches * self.dim
-            # Private mapping: writing into the tensor copies the page and never reaches the file.
-            mapped = torch.from_file(str(self._data_file), shared=False, size=size, dtype=torch.bfloat16)
-            self._rows = mapped.view(self.records, self.views, self.patches, self.dim)
-        row = self._rows[index, view]
+        number, within = divmod(index * self.views + view, self.header["rows_per_shard"])
+        tensors = self._shard(number)
+        parts = [tensors[name][within] for name in ("features", "scales") if name in tensors]
+        if checksum(parts) != int(tensors["checksums"][within]):
+            raise DataError(
+                f"{self.shard_path(number)}: row {within} (record {index}, view {view}) is not as written: {FIX}, "
+                "it finds and replaces what is damaged"
+            )
+        row = parts[0] if self.dtype == "bfloat16" else (parts[0] * parts[1][:, None]).bfloat16()
         if torch.isnan(row[0, 0]):
             raise DataError(f"{self.folder}: record {index} had a broken picture when its features were made")
         return row
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_rows": None}
-
-    @classmethod
-    def create(cls, folder: str | Path, key: FeatureKey, records: int, patches: int, dim: int) -> FeatureStore:
-        """A store to append to. One with the same key goes on where it stopped, any other is replaced.
-
-        DataError if what is left to write does not fit on the disk.
-        """
-        folder = Path(folder)
-        wanted = {
-            "format": FORMAT,
-            "key": key.flat(),
-            "records": records,
-            "patches": patches,
-            "dim": dim,
-            "dtype": "bfloat16",
-        }
-        store = cls(folder, {**wanted, "rows_written": 0, "complete": False})
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "store.json").exists():
-            header = _read_header(folder)
-            if all(header.get(name) == value for name, value in wanted.items()):
-                store.header = header
-                store._check_size()
-        if store.complete:
-            return store
-        if not store.rows_written:
-            # A new file, not the old one emptied: a run that still reads the old store keeps its rows.
-            store._data_file.unlink(missing_ok=True)
-            store._data_file.touch()
-        else:
-            os.truncate(store._data_file, store.rows_written * store._row_bytes)
-        needed = (store.rows - store.rows_written) * store._row_bytes
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: the features need {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free "
-                f"({records} records x {key.views} views x {patches} patches x {dim}): use fewer views "
-                "or another disk"
-            )
-        store._write_header()
-        return store
-
-    def append(self, features: Float[Tensor, "rows patches dim"]) -> None:
-        """Add the next rows, rounded to bfloat16. They count as written after `flush`."""
-        done = self._data_file.stat().st_size // self._row_bytes
-        if features.shape[1:] != (self.patches, self.dim) or done + len(features) > self.rows:
-            raise DataError(
-                f"{self.folder}: {tuple(features.shape)} features for a store of {self.rows} rows of "
-                f"{self.patches} patches x {self.dim}, {done} of them written"
-            )
-        words = features.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    def damaged(self, number: int) -> str | None:
+        """What is wrong with shard `number`, every row of it read; None if nothing is."""
         try:
-            with open(self._data_file, "ab") as file:
-                file.write(words.numpy().data)
-        except OSError as error:
-            raise DataError(
-                f"{self._data_file}: {error.strerror} after {done} of {self.rows} rows: free space, {FIX}"
-            ) from error
+            tensors = _map_tensors(self.shard_path(number))
+            names = [name for name in ("features", "scales") if name in tensors]
+            for within in range(len(self.shard_rows(number))):
+                if checksum([tensors[name][within] for name in names]) != int(tensors["checksums"][within]):
+                    return f"row {within} is not as written"
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return None
 
-    def flush(self) -> None:
-        """Force the appended rows to disk, then record how many they are; the last one completes it."""
-        with open(self._data_file, "rb") as file:
-            os.fsync(file.fileno())
-            rows = os.fstat(file.fileno()).st_size // self._row_bytes
-        self.header = {**self.header, "rows_written": rows, "complete": rows == self.rows}
-        self._write_header()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shards": {}}
 
-    def _write_header(self) -> None:
-        partial = self.folder / "store.json.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(self.header, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / "store.json")
+    def _is_there(self, number: int) -> bool:
+        path, needed = self.shard_path(number), len(self.shard_rows(number)) * self.row_bytes
+        return path.exists() and path.stat().st_size >= needed
 
-    def _check_size(self) -> None:
-        needed = self.rows_written * self._row_bytes
-        size = self._data_file.stat().st_size if self._data_file.exists() else 0
-        if size < needed:
-            raise DataError(
-                f"{self._data_file}: truncated, {size} bytes where {self.rows_written} rows need {needed}: "
-                f"delete the folder, then {FIX}"
-            )
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        found = self._shards.get(number)
+        if found is None:
+            try:
+                found = _map_tensors(self.shard_path(number))
+            except (OSError, RuntimeError, ValueError, LookupError) as error:
+                reason = " ".join(str(error).split())
+                raise DataError(f"{self.shard_path(number)}: cannot be read: {reason}: {FIX}") from error
+            if len(self._shards) >= SHARDS_MAPPED:
+                self._shards.pop(next(iter(self._shards)))
+            self._shards[number] = found
+        return found
 
 
-def write_features(
-    folder: str | Path,
-    key: FeatureKey,
-    records: int,
-    patches: int,
-    dim: int,
-    batches: Callable[[int], Iterable[Float[Tensor, "batch 3 height width"]]],
-    encode: Callable[[Tensor], Tensor],
-) -> FeatureStore:
-    """Run `encode` over all pictures into the store at `folder`, going on where a killed run stopped.
+def checksum(parts: list[Tensor]) -> int:
+    """Of one row's tensors, as a signed 64-bit number."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part.view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest(), "big", signed=True)
 
-    `batches(start)` yields `pixel_values` from row `start` on (row = record x views + view). A picture that
-    could not be decoded is a row of NaN pixels: its features are NaN and `FeatureStore.read` refuses it.
-    Progress goes to stderr. Raises DataError when `encode` gives values that are not finite, or when
-    `batches` ends early.
+
+def _map_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file as views of the mapped file; safetensors' own reader would copy them.
+
+    The mapping is private: writing into a tensor copies the page and never reaches the file.
     """
-    store = FeatureStore.create(folder, key, records, patches, dim)
-    if store.complete:
-        return store
-    done, flushed_at = store.rows_written, time.monotonic()
-    with _progress() as progress:
-        task = progress.add_task("features", total=store.rows, completed=done, rate="")
-        first, started_at = done, time.monotonic()
-        for pixel_values in batches(done):
-            store.append(_encode(pixel_values, encode, done, store))
-            done += len(pixel_values)
-            now = time.monotonic()
-            rate = (done - first) / max(now - started_at, 1e-9)
-            progress.update(task, completed=done, rate=f"{rate:.1f} images/s")
-            if now - flushed_at > FLUSH_SECONDS:
-                store.flush()
-                flushed_at = now
-    store.flush()
-    if not store.complete:
-        raise DataError(f"{store.folder}: pictures ended after {done} of {store.rows} rows: {FIX}")
-    return store
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(mapped[:8].numpy().tobytes(), "little")
+    described = json.loads(mapped[8:start].numpy().tobytes())
+    tensors = {}
+    for name, entry in described.items():
+        if name != "__metadata__":
+            first, last = (start + offset for offset in entry["data_offsets"])
+            tensors[name] = mapped[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
 
 
-def _encode(
-    pixel_values: Tensor, encode: Callable[[Tensor], Tensor], start: int, store: FeatureStore
-) -> Float[Tensor, "batch patches dim"]:
-    broken = torch.isnan(pixel_values).flatten(1).any(dim=1)
-    with torch.no_grad():
-        features = encode(torch.where(broken[:, None, None, None], 0.0, pixel_values)).to("cpu", torch.bfloat16)
-    finite = torch.isfinite(features).flatten(1).all(dim=1)
-    if not finite.all():
-        row = start + int((~finite).nonzero()[0])
-        raise DataError(
-            f"{store.folder}: the encoder's output for record {row // store.views} is not finite: "
-            "run the encoder in bfloat16 or float32"
-        )
-    return torch.where(broken.to("cpu")[:, None, None], torch.nan, features)
-
-
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(file=sys.stderr),
-    )
-
-
-def _read_header(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> dict[str, Any]:
+    """What `store.json` says. Raises DataError if there is none, or none of this format."""
     path = folder / "store.json"
     try:
         header = json.loads(path.read_text(encoding="utf-8"))

@@ -25,6 +25,9 @@ class DataConfig:
     """Folder of a feature store made by `qformers data features` for `train`: the encoder is then not run."""
     feature_views: int = 4
     """Views of each picture in the store: the evaluation transform, and otherwise random training crops."""
+    feature_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """How the store keeps them: int8 takes half the space, with one scale a patch; `qformers data features` says how
+    far that is from the encoder's output."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """Size, crop, flip and normalisation of the pictures."""
     batch_size: int = 2320

@@ -223,6 +223,7 @@ def feature_key(config: TrainConfig, encoder: VisionEncoder, records: Records) -
         transform=asdict(transform_for(encoder, config.data.transform)),
         views=config.data.feature_views,
         records=records_fingerprint(cast(Iterable[Mapping[str, Any]], records)),
+        dtype=config.data.feature_dtype,
     )
 
 
