@@ -1,10 +1,10 @@
 """The loader against plain reading of the same files in turn: pictures from tars, and precomputed features.
 
 `pictures`: training examples (decoded, cropped, resized, normalised, captions tokenised) by the streamed loader in this
-process, against a loop that does with Pillow what cannot be left out: open, decode, crop, resize, and make a tensor of it.
+process, against a loop that does with Pillow what cannot be left out: open, decode, crop, resize, make a tensor of it.
 `workers` is the same with one loading process against the same loop. `features`: rows of a store in random order, all
-checked, each copied into a batch, against `os.pread` of as many bytes at the same places, and (`in_place`) against
-`os.preadv` straight into the batch; the files are in the page cache, where checking costs most.
+checked and copied into a batch, against `os.pread` of as many bytes at the same places, and (`in_place`) against
+`os.preadv` straight into the batch. The files are in the page cache, where checking costs most.
 """
 
 from __future__ import annotations

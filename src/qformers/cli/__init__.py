@@ -27,7 +27,7 @@ COMMANDS = {
     **convert.COMMANDS,
     **data.COMMANDS,
 }
-RECIPE_COMMANDS = {("train",), ("data", "features")}
+RECIPE_COMMANDS = {("train",), ("plan",), ("data", "features")}
 GROUPS = {
     "evaluate": "Measure a trained model.",
     "data": "Check, prepare and make pictures with captions.",

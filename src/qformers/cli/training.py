@@ -45,6 +45,35 @@ def _train(options: Namespace) -> None:
     train(instance(TrainConfig, options), resume=options.resume)
 
 
+def _plan_options(parser: ArgumentParser) -> None:
+    recipe_options(parser)
+    parser.add_argument("--gpus", type=int, default=1, help="Processes, one on each.")
+    parser.add_argument(
+        "--tflops", type=float, default=300.0, help="What one GPU does, sustained: an H100 in bf16 some 300."
+    )
+
+
+def _plan(options: Namespace) -> None:
+    from qformers.training.config import TrainConfig
+    from qformers.training.plan import plan
+
+    config = instance(TrainConfig, options)
+    found = plan(config, options.gpus)
+    seconds = found.step_flops / (options.tflops * 1e12)
+    lines = {
+        "batch on each GPU": f"{found.rows} rows",
+        "trained parameters": f"{found.trained_parameters / 1e6:.1f} M, {found.state_bytes / 1e9:.2f} GB with AdamW",
+        "frozen parameters": f"{found.frozen_parameters / 1e6:.1f} M, {found.frozen_bytes / 1e9:.2f} GB",
+        "kept for backward": f"{found.activation_bytes / 1e9:.2f} GB",
+        "memory of a GPU": f"{found.memory_bytes / 1e9:.2f} GB and what kernels use for a moment",
+        "one step": f"{found.step_flops / 1e12:.2f} TFLOP, {seconds:.3g} s at {options.tflops:g} TFLOP/s",
+        "the run": f"{config.steps} steps, {config.steps * seconds / 3600:.3g} h if loading keeps up",
+        "features, if stored": f"{found.feature_bytes_per_view / 1e6:.3f} MB a picture and view",
+    }
+    for name, value in lines.items():
+        print(f"{name:<24} {value}")
+
+
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("demo",): Command(
         "Train on real pictures, evaluate, and write a report: the whole toolkit in one run.",
@@ -52,6 +81,13 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "qformers demo --quick --output runs/quick",
         _demo_options,
         _demo,
+    ),
+    ("plan",): Command(
+        "Count what a recipe takes on each GPU: memory, work and time; nothing is built.",
+        "RECIPE.yaml --gpus N [--tflops T] [--any.setting value ...]",
+        "qformers plan recipes/stage1.yaml --gpus 16",
+        _plan_options,
+        _plan,
     ),
     ("train",): Command(
         "Train stage 1 or 2 as a recipe says; any setting may follow on the command line.",
