@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qformers.demo.plots import THEMES, draw_loss, draw_recalls, picture_uri
+from qformers.demo.plots import draw_loss, draw_recalls
 from qformers.demo.report import (
     AttentionExample,
     CaptionExample,
@@ -25,6 +25,7 @@ from qformers.demo.report import (
 )
 from qformers.errors import DataError
 from qformers.evaluation.attention import attention_overlay
+from qformers.report.figures import THEMES, picture_uri
 
 METRICS = {f"{direction}_r{k}": k / 20 for direction in ("i2t", "t2i") for k in (1, 5, 10)}
 SCORES = {"cider": 0.1, "bleu4": 0.02, "rouge_l": 0.3, "object_recall": 0.25, "all_objects": 0.05}

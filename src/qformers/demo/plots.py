@@ -1,18 +1,13 @@
-"""The figures of the demo's report: curves and bars as SVG in a light and a dark version, pictures with overlays."""
+"""The figures of the demo's report: curves of the losses, bars of the recalls."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from PIL import Image
+
+from qformers.report.figures import Theme, new_figure
 
 RECALLS = ("r1", "r5", "r10")
 LOSS_NAMES = {
@@ -23,29 +18,9 @@ LOSS_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one version of a figure. `methods` are told apart by lightness too, not by hue alone."""
-
-    text: str
-    grid: str
-    methods: tuple[str, ...]
-
-
-THEMES = {
-    "light": Theme("#495057", "#dee2e6", ("#1c57b5", "#8fb5ee", "#e8890c", "#adb5bd", "#7a4fb5", "#2f9e8f")),
-    "dark": Theme("#c1c7cd", "#343a40", ("#6ea8fe", "#2f5fa8", "#f0a84a", "#6c757d", "#b08ae8", "#4dc4b3")),
-}
-
-
-def themed(draw, *args: object) -> dict[str, str]:
-    """`draw(*args, theme)` once for each theme, as data URIs of SVG."""
-    return {name: _svg_uri(draw(*args, theme)) for name, theme in THEMES.items()}
-
-
 def draw_loss(rows: Sequence[Mapping[str, float]], term: str, theme: Theme) -> Figure:
     """One loss over the steps: every logged value, their running mean, and the validation values if there are any."""
-    figure, axes = _new_figure(theme, width=4.2, height=2.7)
+    figure, axes = new_figure(theme, width=4.2, height=2.7)
     steps, values = _series(rows, f"loss/{term}")
     colour = theme.methods[0]
     window = max(1, len(values) // 20)
@@ -73,7 +48,7 @@ def draw_loss(rows: Sequence[Mapping[str, float]], term: str, theme: Theme) -> F
 
 def draw_recalls(methods: Mapping[str, Mapping[str, float]], direction: str, theme: Theme) -> Figure:
     """Recall at 1, 5 and 10 of each method as grouped bars with their values, for "i2t" or "t2i"."""
-    figure, axes = _new_figure(theme, width=5.4, height=3.1)
+    figure, axes = new_figure(theme, width=5.4, height=3.1)
     width = 0.84 / len(methods)
     for place, (name, metrics) in enumerate(methods.items()):
         lefts = np.arange(len(RECALLS)) - 0.42 + (place + 0.5) * width
@@ -109,37 +84,7 @@ def draw_recalls(methods: Mapping[str, Mapping[str, float]], direction: str, the
     return figure
 
 
-def picture_uri(picture: Image.Image, longest_px: int = 200) -> str:
-    """The picture as a data URI of WebP, scaled so that its longer side is at most `longest_px`."""
-    smaller = picture.convert("RGB")
-    smaller.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    smaller.save(buffer, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _series(rows: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     found = [(row["step"], row[key]) for row in rows if key in row]
     table = np.array(found, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
-
-
-def _new_figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.text, labelsize=8.5, length=0)
-    return figure, axes
-
-
-def _svg_uri(figure: Figure) -> str:
-    buffer = io.StringIO()
-    # A fixed salt and no date: the same results give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "qformers"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    content = buffer.getvalue()
-    svg = content[content.index("<svg") :]  # without the XML prologue, whose DTD is an address on the network
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from qformers.demo import plots
 from qformers.errors import DataError
 from qformers.evaluation.attention import attention_overlay
+from qformers.report.figures import picture_uri, themed
+from qformers.report.page import write_page
 
 TABLE_COLUMNS = tuple(
     (direction, recall) for direction in ("t2i", "i2t") for recall in ("r1", "r5", "r10", "median_rank")
@@ -147,15 +147,10 @@ def write_report(output_folder: str | Path, results: DemoResults) -> Path:
     """
     for evaluation in results.evaluations:
         _check(evaluation)
-    environment = Environment(
-        loader=PackageLoader("qformers.demo", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(figure=_figure, duration=_duration, picture=plots.picture_uri, setting=_setting)
-    html = environment.get_template("report.html").render(
+    return write_page(
+        output_folder,
+        "qformers.demo",
+        {"figure": _figure, "setting": _setting},
         results=results,
         training=results.training,
         columns=TABLE_COLUMNS,
@@ -165,12 +160,6 @@ def write_report(output_folder: str | Path, results: DemoResults) -> Path:
         attention=[_attention(example) for example in results.attention],
         total_seconds=sum(results.seconds.values()),
     )
-    folder = Path(output_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "report.html.partial"
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, folder / "report.html")
-    return folder / "report.html"
 
 
 def _check(evaluation: Evaluation) -> None:
@@ -190,7 +179,7 @@ def _losses(rows: Sequence[Mapping[str, float]]) -> list[dict[str, object]]:
         values = [row[f"loss/{term}"] for row in rows if f"loss/{term}" in row]
         if values:
             alt = f"{name} over the steps of training, from {values[0]:.2f} to {values[-1]:.2f}"
-            figures.append({"alt": alt, "uris": plots.themed(plots.draw_loss, rows, term)})
+            figures.append({"alt": alt, "uris": themed(plots.draw_loss, rows, term)})
     return figures
 
 
@@ -203,7 +192,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, object]:
         "figures": [
             {
                 "alt": f"{evaluation.title}: recall of each method, {words}; the numbers are in the table below",
-                "uris": plots.themed(plots.draw_recalls, evaluation.methods, direction),
+                "uris": themed(plots.draw_recalls, evaluation.methods, direction),
             }
             for direction, words in (("t2i", "text to picture"), ("i2t", "picture to text"))
         ],
@@ -232,10 +221,10 @@ def _attention(example: AttentionExample) -> dict[str, object]:
             f"report: attention of {example.title!r} has {len(example.maps)} maps for {len(example.queries)} queries"
         )
     overlays = [
-        {"query": query, "uri": plots.picture_uri(attention_overlay(example.picture, attention), 160)}
+        {"query": query, "uri": picture_uri(attention_overlay(example.picture, attention), 160)}
         for query, attention in list(zip(example.queries, example.maps, strict=True))[:MAX_OVERLAYS]
     ]
-    return {"title": example.title, "picture": plots.picture_uri(example.picture, 160), "overlays": overlays}
+    return {"title": example.title, "picture": picture_uri(example.picture, 160), "overlays": overlays}
 
 
 def _figure(value: float | None, column: str = "") -> str:
@@ -243,11 +232,6 @@ def _figure(value: float | None, column: str = "") -> str:
     if value is None:
         return "–"
     return f"{value:g}" if column == "median_rank" else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest:02d} s"
 
 
 def _setting(value: object) -> str:
