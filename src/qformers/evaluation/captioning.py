@@ -88,8 +88,12 @@ class Captioner:
         patch_embeds: Float[Tensor, "images patches vision_dim"],
         prompts: Sequence[str],
         settings: GenerationSettings,
+        draws: Float[Tensor, "images answers max_new_tokens"] | None = None,
     ) -> list[str]:
         """What follows each prompt, `num_return_sequences` texts a picture, in order of the pictures.
+
+        Args:
+            draws: as `LanguageModel.generate` takes them, to sample a picture's texts alike in any batch.
 
         Raises:
             ConfigError: a prompt is too long for the model's context.
@@ -97,7 +101,11 @@ class Captioner:
         device = patch_embeds.device
         input_ids, attention_mask = self.tokenizer.encode_prompts(list(prompts))
         ids = self.model.language_model.generate(
-            self.visual_prompts(patch_embeds, prompts), input_ids.to(device), attention_mask.to(device), settings
+            self.visual_prompts(patch_embeds, prompts),
+            input_ids.to(device),
+            attention_mask.to(device),
+            settings,
+            draws=draws,
         )
         return self.tokenizer.decode(ids)
 

@@ -27,11 +27,13 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import GenerationSettings, LanguageConfig
 from qformers.models.freezing import freeze
+from qformers.models.sampling import DrawnSampling
 from qformers.models.vision import one_line, quiet_loading
 
 logger = logging.getLogger(__name__)
@@ -126,8 +128,13 @@ class LanguageModel(nn.Module):
         attention_mask: Bool[Tensor, "rows tokens"],
         settings: GenerationSettings,
         streamer: BaseStreamer | None = None,
+        draws: Float[Tensor, "rows answers_of_each max_new_tokens"] | None = None,
     ) -> Int[Tensor, "answers new_tokens"]:
         """New tokens after each row's prompts: `num_return_sequences` answers a row, in row order, prompt left out.
+
+        Args:
+            draws: of nucleus sampling, the random numbers of each answer's tokens (`sampling.draws_for`): an answer is
+                then the same in any batch. Default: torch's own random state.
 
         Raises:
             ConfigError: prompts and `max_new_tokens` are longer than the model's context.
@@ -140,31 +147,49 @@ class LanguageModel(nn.Module):
         if not self.is_encoder_decoder:
             embeds, mask = _padded_left(embeds, mask)
         sampling = settings.top_p is not None
+        answers_of_each = settings.num_return_sequences
+        inputs: dict[str, Any] = {"inputs_embeds": embeds}
         options: dict[str, Any] = {}
-        if sampling:
+        processors = LogitsProcessorList()
+        if sampling and draws is None:
             options = {"top_p": settings.top_p, "temperature": settings.temperature, "top_k": 0}
         if settings.repetition_penalty != 1.0:
             # generate's own would take the padding of a row for so many of its new tokens and spare them.
-            options["logits_processor"] = LogitsProcessorList(
-                [RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)]
-            )
+            processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        if draws is not None:
+            assert settings.top_p is not None, "only sampling has draws"
+            # Each answer a row of its own and no sampling by `generate`, whose draws are the whole batch's.
+            inputs, mask = self._each_answer(embeds, mask, answers_of_each)
+            processors.append(DrawnSampling(draws.flatten(0, 1), settings.top_p, settings.temperature))
+            sampling, answers_of_each = False, 1
         if streamer is not None:
             options["streamer"] = streamer
         with quiet_loading():
             said = self.model.generate(
-                inputs_embeds=embeds,
+                **inputs,
                 attention_mask=mask.long(),
                 max_new_tokens=settings.max_new_tokens,
                 min_new_tokens=settings.min_new_tokens,
                 num_beams=settings.num_beams,
-                num_return_sequences=settings.num_return_sequences,
+                num_return_sequences=answers_of_each,
                 length_penalty=settings.length_penalty,
                 do_sample=sampling,
                 eos_token_id=self.end_id,
                 pad_token_id=self.pad_id,
+                logits_processor=processors,
                 **options,
             )
         return said[:, 1:] if self.is_encoder_decoder else said  # a decoder's answer begins with its start token
+
+    def _each_answer(
+        self, embeds: Float[Tensor, "rows length llm_dim"], mask: Bool[Tensor, "rows length"], answers: int
+    ) -> tuple[dict[str, Any], Bool[Tensor, "answers length"]]:
+        """`generate`'s input and its mask with every row repeated; an encoder reads it once."""
+        repeated = mask.repeat_interleave(answers, dim=0)
+        if not self.is_encoder_decoder:
+            return {"inputs_embeds": embeds.repeat_interleave(answers, dim=0)}, repeated
+        read = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state
+        return {"encoder_outputs": BaseModelOutput(read.repeat_interleave(answers, dim=0))}, repeated
 
     def check_context(self, tokens: int) -> None:
         """Raise ConfigError when `tokens`, visual prompts included, are more than the model has positions for."""
