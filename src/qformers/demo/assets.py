@@ -146,6 +146,30 @@ ASSETS: dict[str, Asset] = {
         licence="CC-BY-2.0, CC-BY-SA, GPL-3.0-or-later, public domain (per picture, see the package)",
         home="https://gcompris.net",
     ),
+    "openclipart-png": Asset(
+        name="openclipart-png",
+        version="1:0.18+dfsg-19",
+        client="apt",
+        file="openclipart-png_1%3a0.18+dfsg-19_all.deb",
+        sha256="f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+        megabytes=131,
+        root="usr/share/openclipart/png",
+        keep=("*.png",),
+        licence="public domain",
+        home="https://openclipart.org",
+    ),
+    "openclipart-svg": Asset(
+        name="openclipart-svg",
+        version="1:0.18+dfsg-19",
+        client="apt",
+        file="openclipart-svg_1%3a0.18+dfsg-19_all.deb",
+        sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+        megabytes=25,
+        root="usr/share/openclipart/svg",
+        keep=("*.svg",),
+        licence="public domain",
+        home="https://openclipart.org",
+    ),
 }
 
 # The pictures that have words, with the package that holds the words if it is another.
