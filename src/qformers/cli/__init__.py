@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from qformers import __version__
-from qformers.cli import convert, data, model, search, serving, training
+from qformers.cli import capfilt, convert, data, model, search, serving, training
 from qformers.cli.command import Command
 from qformers.errors import QFormersError
 
@@ -24,6 +24,7 @@ COMMANDS = {
     **model.COMMANDS,
     **search.COMMANDS,
     **serving.COMMANDS,
+    **capfilt.COMMANDS,
     **convert.COMMANDS,
     **data.COMMANDS,
 }

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from qformers.errors import DataError
 
-_PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 Row = dict[str, Any]
 BinaryFile = Any  # open for reading: the files of fsspec's filesystems have no type in common
@@ -146,7 +146,7 @@ def _sample_row(
 ) -> Row:
     # extractfile gives None for what is no file, and `members` are files.
     parts = {_split_name(member.name)[1]: cast(IO[bytes], archive.extractfile(member)).read() for member in members}
-    suffix = next((suffix for suffix in parts if suffix in _PICTURE_SUFFIXES), None)
+    suffix = next((suffix for suffix in parts if suffix in PICTURE_SUFFIXES), None)
     name = f"{shard}/{key}" if suffix is None else f"{shard}/{key}.{suffix}"
     try:
         facts = json.loads(parts["json"]) if "json" in parts else {}
