@@ -48,6 +48,8 @@ ONE_BY_ONE = WorkConfig(batch_size=1, threads=1, devices=["cpu"])
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("capfilt")
     write_toy_capfilt(folder, PICTURES)
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "backwards.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     return folder
 
 
@@ -83,8 +85,6 @@ def test_batch_order_and_number_of_processes_change_nothing(data, cleaned, tmp_p
     assert same_captions(tmp_path / "alone", cleaned)
     clean(data, tmp_path / "two", work=WorkConfig(batch_size=3, threads=1, devices=["cpu", "cpu"]))
     assert files_of(tmp_path / "two") == files_of(cleaned)
-    lines = (data / "pairs.jsonl").read_text().splitlines()
-    (data / "backwards.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     clean(data, tmp_path / "backwards", source="backwards.jsonl")
     kept = [[row["captions"] for row in rows_of(output)] for output in (tmp_path / "backwards", cleaned)]
     assert kept[0] == kept[1][::-1]

@@ -101,13 +101,14 @@ def choose(
             rated.append(candidate)
             continue
         score, match = next(values)
+        score = round(score, DIGITS)
         verdict: Verdict = "outranked"
         if match is not None and match < config.min_match:
             verdict = "unmatched"
         elif config.min_score is not None and score < config.min_score:
             verdict = "low_score"
         match = None if match is None else round(match, DIGITS)
-        rated.append(replace(candidate, verdict=verdict, score=round(score, DIGITS), match=match))
+        rated.append(replace(candidate, verdict=verdict, score=score, match=match))
     passing = [place for place, candidate in enumerate(rated) if candidate.verdict == "outranked"]
     passing.sort(key=lambda place: -(rated[place].score or 0.0))
     for place in passing[: config.keep]:
