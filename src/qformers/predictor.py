@@ -25,6 +25,7 @@ from qformers.evaluation.scoring import itc_similarities, match_logits, text_fea
 from qformers.models.config import Dtype, FrozenParts, GenerationSettings, ModelConfig
 from qformers.models.inspection import cross_attention_weights
 from qformers.models.saving import LoadedModel, SavedLanguage, save_model
+from qformers.models.stage2 import Stage2Model
 from qformers.models.tensors import fingerprint
 
 
@@ -218,6 +219,36 @@ class Predictor:
             captions += speaker.say(self.patches(pictures[start:stop]), prompts[start:stop], settings)
         return captions
 
+    def ask(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        template: str | None = None,
+        **generation: Any,
+    ) -> list[str]:
+        """What the language model answers to a question about each picture.
+
+        A single picture may be asked many questions, and one question be put to many pictures. Where the Q-Former was
+        trained to read questions (the paper's VQA) or instructions (InstructBLIP), it reads them; an answer is the
+        same whatever is asked beside it.
+
+        Args:
+            template: how the language model is asked, with {} for the question; default: as it was trained.
+            generation: fields of `GenerationSettings`; default: the paper's 5 beams and length penalty -1. With
+                `num_return_sequences` = n each question has n answers, one after another.
+
+        Raises:
+            CheckpointError: a stage-1 model. ConfigError: settings that cannot be, or a question too long.
+            DataError: no picture, one that cannot be read, an empty question, or numbers that do not fit.
+        """
+        speaker, settings = self._speaker(), GenerationSettings.for_answers(**generation)
+        pictures, words = self._asked(_many(images), self._texts(questions, "question", "ask something"))
+        answers: list[str] = []
+        for start in range(0, len(pictures), PICTURES_AT_ONCE):
+            stop = start + PICTURES_AT_ONCE
+            answers += speaker.answer(self.patches(pictures[start:stop]), words[start:stop], settings, template)
+        return answers
+
     def stream_caption(self, image: Picture, prompt: str | None = None, **generation: Any) -> Iterator[str]:
         """The caption of one picture, piece by piece as it is generated. No beams.
 
@@ -230,16 +261,23 @@ class Predictor:
     def attention(self, image: Picture, text: str | None = None) -> Float[Tensor, "layers queries rows columns"]:
         """How much each query looks at each patch of the grid, per cross-attending block, mean over heads.
 
-        With `text` the queries read it at the same time, as in ITM. What falls on tokens that are no patch
-        ([CLS]) is left out, so a map sums to at most 1.
+        With `text` the queries read it at the same time, as in ITM, or as a VQA model reads a question. What falls on
+        tokens that are no patch ([CLS]) is left out, so a map sums to at most 1.
+
+        Raises:
+            CheckpointError: a text, and a stage-2 model whose Q-Former was not trained to read any.
         """
-        encoder = self.model.vision_encoder
-        patches = self.patches([image])
+        model, encoder = self.model, self.model.vision_encoder
         tokens = None
         if text is not None:
+            if isinstance(model, Stage2Model) and not model.reads_instructions:
+                raise CheckpointError(
+                    f"{self.loaded.folder}: its Q-Former reads no text: leave the text out, or give a stage-1 model or "
+                    "one that was trained with language.qformer_reads"
+                )
             input_ids, attention_mask = self.tokenizer.encode(self._texts(text))
             tokens = (input_ids.to(self.device), attention_mask.to(self.device))
-        weights = cross_attention_weights(self.model, patches, tokens)[..., encoder.prefix_tokens :]
+        weights = cross_attention_weights(model, self.patches([image]), tokens)[..., encoder.prefix_tokens :]
         return rearrange(weights, "layers queries (rows columns) -> layers queries rows columns", rows=encoder.grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -262,12 +300,26 @@ class Predictor:
         opened = load_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
         return evaluation_transform(opened, self.transform)
 
-    def _texts(self, texts: str | Sequence[str]) -> list[str]:
+    def _texts(self, texts: str | Sequence[str], what: str = "text", advice: str = "say what to look for") -> list[str]:
         words = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(words):
             if not text.strip():
-                raise DataError(f"text {number + 1} of {len(words)} is empty: say what to look for")
+                raise DataError(f"{what} {number + 1} of {len(words)} is empty: {advice}")
         return words
+
+    def _asked(self, pictures: list[Picture], questions: list[str]) -> tuple[list[Picture], list[str]]:
+        """A picture for each question: a single one of either goes with all of the other."""
+        if not pictures or not questions:
+            raise DataError(f"{len(pictures)} pictures and {len(questions)} questions: give at least one of each")
+        asked = max(len(pictures), len(questions))
+        pictures = pictures * asked if len(pictures) == 1 else pictures
+        questions = questions * asked if len(questions) == 1 else questions
+        if len(pictures) != len(questions):
+            raise DataError(
+                f"{len(pictures)} pictures and {len(questions)} questions: ask one question of each picture, or give "
+                "one picture or one question"
+            )
+        return pictures, questions
 
 
 def _many(images: Picture | Sequence[Picture]) -> list[Picture]:

@@ -132,7 +132,10 @@ def test_official_architectures_of_lavis(name):
         vision = CLIPVisionConfig(num_hidden_layers=23, **sizes)
     spoken = None
     if language is not None:
-        spoken = asdict(LanguageConfig(path="")) | {"end_id": 2, "pad_id": 1, "reads_instructions": text}
+        spoken = asdict(LanguageConfig(path="", qformer_reads="prompt" if text else "nothing")) | {
+            "end_id": 2,
+            "pad_id": 1,
+        }
     description = description_of(
         ModelConfig(),
         replace(PRESETS["blip2"], has_text=text),

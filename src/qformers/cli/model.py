@@ -119,6 +119,43 @@ def _caption(options: Namespace) -> None:
             print(caption if len(said) == 1 else f"{picture['image']}\t{caption}")
 
 
+def _ask_options(parser: ArgumentParser) -> None:
+    from dataclasses import asdict
+
+    from qformers.models.config import GenerationSettings
+
+    parser.add_argument("image", type=str, metavar="IMAGE", help="Picture file.")
+    parser.add_argument("questions", type=str, nargs="+", metavar="QUESTION", help="Each is asked by itself.")
+    model_option(parser)
+    parser.add_argument(
+        "--template", type=str, help="How the language model is asked, {} is the question; default: as it was trained."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_class_arguments(GenerationSettings, None)
+    parser.set_defaults(asdict(GenerationSettings.for_answers()))
+
+
+def _ask(options: Namespace) -> None:
+    from dataclasses import asdict
+
+    from qformers.models.config import GenerationSettings
+    from qformers.predictor import load
+
+    settings = instance(GenerationSettings, options)
+    answers = load(options.model).ask(options.image, options.questions, options.template, **asdict(settings))
+    each = settings.num_return_sequences
+    said = [
+        {"question": question, "answers": answers[row * each : (row + 1) * each]}
+        for row, question in enumerate(options.questions)
+    ]
+    if options.json:
+        print(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    for asked in said:
+        for answer in asked["answers"]:
+            print(answer if len(said) == 1 else f"{asked['question']}\t{answer}")
+
+
 def _captioning_options(parser: ArgumentParser) -> None:
     from qformers.models.config import GenerationSettings
 
@@ -157,7 +194,11 @@ def _evaluate_captioning(options: Namespace) -> None:
 
 def _inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument("image", type=str, metavar="IMAGE", help="Picture file.")
-    parser.add_argument("--text", type=str, help="What the queries are to look for; without it they read no text.")
+    parser.add_argument(
+        "--text",
+        type=str,
+        help="What the queries are to look for, or a VQA model's question; without it they read no text.",
+    )
     model_option(parser)
     parser.add_argument("--output", type=str, required=True, metavar="PNG", help="Picture to write.")
 
@@ -192,6 +233,13 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "qformers caption cat.jpg dog.jpg --model runs/stage2 --num_beams 5",
         _caption_options,
         _caption,
+    ),
+    ("ask",): Command(
+        "Answer questions about a picture, through the language model of a stage-2 run.",
+        "IMAGE QUESTION [QUESTION ...] --model M [--template TEXT] [--json] [generation]",
+        'qformers ask cat.jpg "what is on the sofa?" --model runs/vqa',
+        _ask_options,
+        _ask,
     ),
     ("match",): Command(
         "The probability that each text describes the picture.",

@@ -22,6 +22,7 @@ from qformers.convert.huggingface import CLASSES, CONFIGS, EXTRA_FILE, EXTRA_KEY
 from qformers.convert.keys import LANGUAGE_MODEL
 from qformers.convert.rename import to_theirs
 from qformers.errors import ConfigError
+from qformers.models.saving import reads_instructions
 from qformers.models.tensors import Tensors, write_shards
 from qformers.models.vision import quiet_loading
 
@@ -87,7 +88,7 @@ def _architecture(description: dict[str, Any]) -> str:
         return original["architectures"][0]
     if "language" not in description:
         return RETRIEVAL
-    return INSTRUCT if description["language"].get("reads_instructions") else GENERATION
+    return INSTRUCT if reads_instructions(description) else GENERATION
 
 
 def _config(checkpoint: Checkpoint, architecture: str, processor: Any) -> Any:

@@ -36,7 +36,7 @@ from qformers.errors import CheckpointError
 from qformers.models.config import LanguageConfig, ModelConfig
 from qformers.models.presets import INITIAL_TEMPERATURE, QFormerShape, initialise, preset_of
 from qformers.models.qformer import BERT_NORM_EPS
-from qformers.models.saving import CONFIG_FILE, FORMATS
+from qformers.models.saving import CONFIG_FILE, FORMATS, INSTRUCTBLIP_TEMPLATE
 from qformers.models.stage1 import TokenHead
 from qformers.models.tensors import Tensors, in_memory, open_safetensors, open_tensors
 from qformers.models.vision import one_line, read_image_processor
@@ -45,6 +45,8 @@ from qformers.version import __version__
 # What Hugging Face's classes have no place for: tensors under our names, and our config in the file's metadata.
 EXTRA_FILE = "qformers.safetensors"
 EXTRA_KEY = "qformers"
+# Of InstructBLIP's language settings.
+READS_PROMPT = {"qformer_reads": "prompt", "question_template": INSTRUCTBLIP_TEMPLATE}
 QFORMER_TOKENIZER = "qformer_tokenizer"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 INSTRUCT = "InstructBlipForConditionalGeneration"
@@ -218,7 +220,7 @@ def _describe_language(config: Any, architecture: str, name: str, tokenizer: Pat
         raise CheckpointError(f"{name}: its language model has no eos_token_id in text_config: a caption would not end")
     language = LanguageConfig(path=name, end_token=end_token(tokenizer, end_id))
     ids = {"end_id": end_id, "pad_id": padding_id(config.text_config, end_id)}
-    return asdict(language) | ids | {"reads_instructions": architecture == INSTRUCT}
+    return asdict(language) | ids | (READS_PROMPT if architecture == INSTRUCT else {})
 
 
 def first_id(ids: int | list[int] | None) -> int | None:

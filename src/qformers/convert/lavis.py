@@ -31,7 +31,7 @@ from qformers.convert.checkpoint import (
     own_weights,
     skeleton,
 )
-from qformers.convert.huggingface import description_of, first_id, padding_id, read_config
+from qformers.convert.huggingface import READS_PROMPT, description_of, first_id, padding_id, read_config
 from qformers.convert.keys import (
     LAVIS_FROZEN_REMAINS,
     LAVIS_POSITIONS,
@@ -118,7 +118,7 @@ def _describe(
     spoken = None
     if language is not None and projection is not None:
         # LAVIS keeps a stage-2 model's text branch only where it reads instructions.
-        spoken = _describe_language(language, parts, projection) | {"reads_instructions": shape.has_text}
+        spoken = _describe_language(language, parts, projection) | (READS_PROMPT if shape.has_text else {})
     return description_of(model, shape, vocab_size, vision, VISION_NORM_EPS, spoken)
 
 

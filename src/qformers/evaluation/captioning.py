@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 
 import torch
@@ -21,7 +21,7 @@ from qformers.errors import CheckpointError, ConfigError, DataError
 from qformers.evaluation.caption_metrics import by_domain, caption_metrics
 from qformers.evaluation.caption_sources import read_domains
 from qformers.evaluation.pictures import patch_batches
-from qformers.models.config import GenerationSettings
+from qformers.models.config import GenerationSettings, LanguageConfig
 from qformers.models.saving import LoadedModel
 from qformers.models.stage2 import Stage2Model
 
@@ -33,10 +33,12 @@ MAX_INSTRUCTION_TOKENS = 512
 class Captioner:
     """A stage-2 model with its language model's tokenizer: patch embeddings and prompts in, text out.
 
-    `instructions` is the tokenizer of a Q-Former that reads the prompt too (InstructBLIP); None: it does not.
+    `instructions` is the tokenizer of a Q-Former that reads text too, the question alone or the whole prompt, as
+    `language` says; None: it reads none.
     """
 
     model: Stage2Model
+    language: LanguageConfig
     tokenizer: LanguageTokenizer
     instructions: CaptionTokenizer | None
 
@@ -57,17 +59,36 @@ class Captioner:
             prompt=language.prompt,
             end_token=language.end_token,
         )
-        return cls(model, tokenizer, instructions)
+        return cls(model, language, tokenizer, instructions)
 
     def visual_prompts(
-        self, patch_embeds: Float[Tensor, "images patches vision_dim"], prompts: Sequence[str]
+        self, patch_embeds: Float[Tensor, "images patches vision_dim"], instructions: Sequence[str]
     ) -> Float[Tensor, "images queries llm_dim"]:
-        """The model's, of pictures and, where the Q-Former reads them, of the prompts."""
+        """The model's, of pictures and, where the Q-Former reads them, of a text for each."""
         if self.instructions is None:
             return self.model.visual_prompts(patch_embeds)
-        input_ids, attention_mask = self.instructions.encode(list(prompts))
+        input_ids, attention_mask = self.instructions.encode(list(instructions))
         device = patch_embeds.device
         return self.model.visual_prompts(patch_embeds, (input_ids.to(device), attention_mask.to(device)))
+
+    def answer(
+        self,
+        patch_embeds: Float[Tensor, "images patches vision_dim"],
+        questions: Sequence[str],
+        settings: GenerationSettings,
+        template: str | None = None,
+    ) -> list[str]:
+        """Answers to a question for each picture, `num_return_sequences` a picture, in order of the pictures.
+
+        Args:
+            template: what the question becomes for the language model, in place of the model's own.
+
+        Raises:
+            ConfigError: a question is too long for the model's context, or a template without its one {}.
+        """
+        language = self.language if template is None else replace(self.language, question_template=template)
+        prompts = [language.question_template.replace("{}", question) for question in questions]
+        return self.say(patch_embeds, prompts, settings, questions if language.qformer_reads == "question" else None)
 
     def prompts(self, prompt: str | Sequence[str] | None, pictures: int) -> list[str]:
         """One prompt for each of so many pictures: the given one, or each its own; None: the trained one.
@@ -89,11 +110,13 @@ class Captioner:
         prompts: Sequence[str],
         settings: GenerationSettings,
         draws: Float[Tensor, "images answers max_new_tokens"] | None = None,
+        instructions: Sequence[str] | None = None,
     ) -> list[str]:
         """What follows each prompt, `num_return_sequences` texts a picture, in order of the pictures.
 
         Args:
             draws: as `LanguageModel.generate` takes them, to sample a picture's texts alike in any batch.
+            instructions: what a Q-Former that reads is shown with each picture; default: the prompts.
 
         Raises:
             ConfigError: a prompt is too long for the model's context.
@@ -101,7 +124,7 @@ class Captioner:
         device = patch_embeds.device
         input_ids, attention_mask = self.tokenizer.encode_prompts(list(prompts))
         ids = self.model.language_model.generate(
-            self.visual_prompts(patch_embeds, prompts),
+            self.visual_prompts(patch_embeds, instructions or prompts),
             input_ids.to(device),
             attention_mask.to(device),
             settings,

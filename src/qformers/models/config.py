@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from qformers.errors import ConfigError
 
 PresetName = Literal["blip2", "small", "tiny", "other"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+QFormerReads = Literal["nothing", "question", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,23 @@ class LanguageConfig:
     the decoder says the whole caption, as fine-tuning needs."""
     end_token: str | None = None
     """What ends a caption; default: the tokenizer's own. The authors end OPT's with a line break."""
+    question_template: str = "Question: {} Answer:"
+    """How the language model is asked: {} is the question (the paper's prompt for VQA)."""
+    qformer_reads: QFormerReads = "nothing"
+    """What the queries read beside the picture, as text: nothing (captioning), the question alone, so that they look
+    where it points (the paper's VQA), or all that the language model is asked (InstructBLIP)."""
+
+    def __post_init__(self) -> None:
+        if self.question_template.count("{}") != 1:
+            raise ConfigError(
+                f"language.question_template {self.question_template!r} has {self.question_template.count('{}')} "
+                "places {} for the question: it must have one"
+            )
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether the Q-Former is to be given text with each picture."""
+        return self.qformer_reads != "nothing"
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,15 @@ class GenerationSettings:
     """Beam scores are divided by length to this power: below 0 shortens, above lengthens."""
     repetition_penalty: float = 1.0
     """Above 1, tokens said before become less likely."""
+
+    @classmethod
+    def for_answers(cls, **settings: Any) -> GenerationSettings:
+        """`settings` with the paper's for VQA where they say nothing: 5 beams, length penalty -1; at most 10 tokens.
+
+        Where `settings` ask for sampling it is plain sampling, without beams.
+        """
+        beams = {"num_beams": 5, "length_penalty": -1.0} if settings.get("top_p") is None else {}
+        return cls(**{"max_new_tokens": 10, **beams, **settings})
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:

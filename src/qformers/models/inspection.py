@@ -21,7 +21,7 @@ def cross_attention_weights(
     """Attention of each query over the patches, mean over the heads, in each cross-attending block.
 
     Args:
-        text: input ids and mask that the queries read at the same time, as in ITM; None: queries alone.
+        text: input ids and mask that the queries read at the same time, as in ITM and VQA; None: queries alone.
     """
     weights: list[Tensor] = []
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.card import model_card
-from qformers.models.config import Dtype, LanguageConfig, ModelConfig
+from qformers.models.config import Dtype, LanguageConfig, ModelConfig, QFormerReads
 from qformers.models.language import LanguageModel, build_language_model
 from qformers.models.presets import VISION_NORM_EPS, QFormerShape, build_stage1, build_stage2, preset_shape, shape_of
 from qformers.models.stage1 import Stage1Model
@@ -33,6 +33,7 @@ FORMATS = {1: "qformers-stage1", 2: "qformers-stage2"}
 LANGUAGE_FOLDER = "language_model"
 LANGUAGE_TOKENIZER_FOLDER = "language_tokenizer"
 LANGUAGE_PREFIX = "language_model."
+INSTRUCTBLIP_TEMPLATE = "Question: {} Short answer:"  # arXiv 2305.06500, appendix: how it was asked on VQAv2
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +198,7 @@ def describe_model(
     if isinstance(model, Stage2Model):
         assert language is not None, "a stage-2 model is saved with its language model"
         ids = {"end_id": model.language_model.end_id, "pad_id": model.language_model.pad_id}
-        described = asdict(language) | ids | {"reads_instructions": model.reads_instructions}
-        description |= {"format": FORMATS[2], "language": described}
+        description |= {"format": FORMATS[2], "language": asdict(language) | ids}
     return description
 
 
@@ -213,7 +213,7 @@ def build_described(description: dict[str, Any], speaker: LanguageModel | None) 
     if speaker is None:
         model = build_stage1(unstarted, description["vocab_size"], encoder, shape)
     else:
-        instructed = description["language"].get("reads_instructions", False)
+        instructed = reads_instructions(description)
         model = build_stage2(unstarted, description["vocab_size"], encoder, speaker, shape, instructed)
     model.vision_norm.eps = description.get("vision_norm_eps", VISION_NORM_EPS)
     return model
@@ -223,7 +223,16 @@ def language_config(description: dict[str, Any]) -> LanguageConfig | None:
     """The language model's settings of a description; None for stage 1."""
     if (settings := description.get("language")) is None:
         return None
-    return LanguageConfig(**{field.name: settings[field.name] for field in fields(LanguageConfig)})
+    found = {field.name: settings[field.name] for field in fields(LanguageConfig) if field.name in settings}
+    if settings.get("reads_instructions"):  # what the first versions wrote of InstructBLIP
+        found |= {"qformer_reads": "prompt", "question_template": INSTRUCTBLIP_TEMPLATE}
+    return LanguageConfig(**found)
+
+
+def reads_instructions(description: dict[str, Any]) -> bool:
+    """Whether the Q-Former of a description reads text beside the picture."""
+    language = language_config(description)
+    return language is not None and language.reads_instructions
 
 
 def write_description(folder: Path, description: dict[str, Any], card: str) -> None:
@@ -275,16 +284,29 @@ def start_from(model: Stage1Model | Stage2Model, folder: str | Path) -> None:
     model.vision_norm.eps = description.get("vision_norm_eps", VISION_NORM_EPS)
 
 
-def started_shape(folder: str | Path, shape: QFormerShape) -> QFormerShape:
+def started_shape(folder: str | Path, shape: QFormerShape, qformer_reads: QFormerReads) -> QFormerShape:
     """`shape` without a text branch, where the model that training goes on from has none.
 
+    Args:
+        qformer_reads: what training is to show the Q-Former, as in `LanguageConfig`.
+
     Raises:
-        CheckpointError: no model there. ConfigError: InstructBLIP, whose Q-Former would go on without instructions.
+        CheckpointError: no model there. ConfigError: a Q-Former that reads text would go on without, or one without a
+        text branch is to read.
     """
     description = read_description(model_folder(folder))
-    if description.get("language", {}).get("reads_instructions"):
-        raise ConfigError(f"{folder}: its Q-Former reads instructions (InstructBLIP), which training does not show it")
-    return replace(shape, has_text=description.get("qformer", {}).get("has_text", True))
+    has_text = description.get("qformer", {}).get("has_text", True)
+    if qformer_reads == "nothing" and reads_instructions(description):
+        raise ConfigError(
+            f"{folder}: its Q-Former reads instructions (a VQA model, or InstructBLIP): set language.qformer_reads to "
+            "what it reads, or training would not show it any"
+        )
+    if qformer_reads != "nothing" and not has_text:
+        raise ConfigError(
+            f"{folder}: its Q-Former has no text branch, so it cannot read a {qformer_reads}: start from a run of "
+            "stage 1, or from one of stage 2 that began with it"
+        )
+    return replace(shape, has_text=has_text)
 
 
 def started_language(folder: str | Path, language: LanguageConfig) -> tuple[LanguageConfig, Path | None]:

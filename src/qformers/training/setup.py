@@ -174,8 +174,8 @@ def _stage2(
         )
     prompt_ids, _ = captions.encode_prompts([language.prompt])
     speaker.check_context(config.model.num_queries + prompt_ids.shape[1] + config.data.max_text_tokens)
-    shape = started_shape(config.start, preset_shape(config.model.preset))
-    model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker, shape)
+    shape = started_shape(config.start, preset_shape(config.model.preset), language.qformer_reads)
+    model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker, shape, language.reads_instructions)
     start_from(model, config.start)
     return Stage2Objective(model), captions, SavedLanguage(language, captions)
 
