@@ -88,7 +88,8 @@ class Captioner:
         """
         language = self.language if template is None else replace(self.language, question_template=template)
         prompts = [language.question_template.replace("{}", question) for question in questions]
-        return self.say(patch_embeds, prompts, settings, questions if language.qformer_reads == "question" else None)
+        shown = questions if language.qformer_reads == "question" else None
+        return self.say(patch_embeds, prompts, settings, instructions=shown)
 
     def prompts(self, prompt: str | Sequence[str] | None, pictures: int) -> list[str]:
         """One prompt for each of so many pictures: the given one, or each its own; None: the trained one.
