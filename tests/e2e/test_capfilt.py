@@ -137,12 +137,12 @@ def test_the_ranker_reads_the_captioner_s_image_encoder_pass(data, tmp_path, mon
     assert sum(seen) == 2 * PICTURES
 
 
-def test_the_judge_and_the_lowest_score_leave_pictures_out(data, tmp_path):
+def test_the_judge_and_the_lowest_score_leave_pictures_out(data, cleaned, tmp_path):
     found = clean(data, tmp_path / "judged", ranking=RankingConfig(judge=str(data / "stage1"), min_match=1.0))
     assert found.kept == 0 and found.without_caption == PICTURES
     assert found.captions["web"]["unmatched"] == PICTURES and not list(rows_of(tmp_path / "judged"))
     assert (tmp_path / "judged" / "report.html").exists()
-    scores = [score for row in rows_of(data / "cleaned") for score in row["scores"]]
+    scores = [score for row in rows_of(cleaned) for score in row["scores"]]
     middle = float(np.median(scores))
     clean(data, tmp_path / "lowest", ranking=RankingConfig(min_score=middle))
     assert sorted(s for row in rows_of(tmp_path / "lowest") for s in row["scores"]) == sorted(

@@ -18,7 +18,6 @@ from qformers.capfilt.config import OutputConfig, SamplingConfig, WorkConfig
 
 PICTURES, SHARD = 40, 2
 SAMPLING = SamplingConfig(captions=4, max_new_tokens=16, min_new_tokens=15)
-STAGES = ("ReadActor", "CaptionActor", "RankActor")
 PATIENCE_SECONDS = 600
 
 
@@ -70,6 +69,16 @@ def wait_for(shards: int, output: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes in which Ray runs the stages."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(child.cmdline()).startswith("ray::MapWorker(Map("):
+                found.append(child)
+    return found
+
+
 def check_whole(output: Path, data: Path) -> None:
     assert files_of(output) == files_of(data / "whole")
     for pattern in ("captions-*.jsonl", "accounts/*.jsonl"):
@@ -82,8 +91,8 @@ def test_the_whole_local_run_killed(start, data, tmp_path):
     output, moments = tmp_path / "output", []
     while len(moments) < 3:
         process = start(output, "local")
-        wait_for(done(output) + random.randint(0, 4), output, process)
-        time.sleep(random.uniform(0, 0.5))
+        wait_for(done(output) + random.randint(0, 3), output, process)
+        time.sleep(random.uniform(0, 0.1))
         process.kill()
         process.wait()
         moments.append(done(output))
@@ -98,18 +107,18 @@ def test_workers_of_ray_killed(start, data, tmp_path):
     output = tmp_path / "output"
     process = start(output, "ray")
     killed = []
-    for stage in random.sample(STAGES, 2):
+    for _ in range(2):
         wait_for(done(output) + random.randint(1, 3), output, process)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if " ".join(child.cmdline()).startswith(f"ray::MapWorker(Map({stage}))"):
-                    child.kill()
-                    killed.append((stage, done(output)))
+        # A stage that has nothing left to do has no worker any more.
+        worker = random.choice(workers_of(process))
+        killed.append((worker.name(), done(output)))
+        worker.kill()
     print(f"killed, with so many shards done: {killed}")
-    assert len(killed) == 2 and process.wait(PATIENCE_SECONDS) == 0, (tmp_path / "ray.log").read_text()[-2000:]
+    assert process.wait(PATIENCE_SECONDS) == 0, (tmp_path / "ray.log").read_text()[-2000:]
     check_whole(output, data)
 
 
+@pytest.mark.slow
 def test_the_whole_ray_run_killed(start, data, tmp_path):
     output = tmp_path / "output"
     process = start(output, "ray")
