@@ -87,7 +87,8 @@ def test_a_checkpoint_with_a_flipped_byte_is_named_and_the_one_before_it_goes_on
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # As many threads as the run that it is compared with.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", COMMAND, "train", tmp_path / "run" / "config.yaml", "--resume", "auto"]
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert child.returncode == 0, child.stderr

@@ -42,6 +42,7 @@ def test_sigterm_finishes_what_has_come_in(toy_models, requests=24):
         streamed = many.submit(read_stream, running.url, toy_models.base64(0))
         wait_until(lambda: in_flight(running.url) == requests + 1)
         running.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{running.url}/readyz", trust_env=False).status_code == 503)
         late = []
         while running.process.poll() is None and len(late) < 500:
             late.append(post(running.url, {"images": [toy_models.base64(0)]}))

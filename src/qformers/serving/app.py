@@ -58,6 +58,12 @@ def build_app(service: Service) -> Guard:
 
     app.include_router(build_routes(service))
     app.include_router(build_chat(service))
+
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+    async def nothing(rest: str) -> None:
+        """What is no address of ours is not the page's to answer."""
+        raise ServiceError("not_found", "no such address here")
+
     mount_page(app, service)
     return guard
 

@@ -101,7 +101,11 @@ class Guard:
             raise ServiceError("foreign_host", "without a token this service answers to localhost alone")
         if path.startswith("/v1/") or path in OWN_FILES:
             return None
-        if scope["method"] in ("GET", "HEAD") and (path in PAGE_FILES or path.startswith(PAGE_PATHS)):
+        if (
+            ".." not in path
+            and scope["method"] in ("GET", "HEAD")
+            and (path in PAGE_FILES or path.startswith(PAGE_PATHS))
+        ):
             return None
         raise ServiceError("not_found", "no such address here")
 
