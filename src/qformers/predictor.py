@@ -258,6 +258,17 @@ class Predictor:
         speaker, settings = self._speaker(), GenerationSettings(**generation)
         return speaker.stream(self.patches([image]), speaker.prompts(prompt, 1)[0], settings)
 
+    def stream_answer(self, image: Picture, question: str, **generation: Any) -> Iterator[str]:
+        """The answer to a question about one picture, piece by piece as it is generated. No beams.
+
+        Raises:
+            As `ask`, and ConfigError for beams.
+        """
+        greedy = {"num_beams": 1, "length_penalty": 1.0}
+        speaker, settings = self._speaker(), GenerationSettings.for_answers(**{**greedy, **generation})
+        [words] = self._texts(question, "question", "ask something")
+        return speaker.stream_answer(self.patches([image]), words, settings)
+
     def attention(self, image: Picture, text: str | None = None) -> Float[Tensor, "layers queries rows columns"]:
         """How much each query looks at each patch of the grid, per cross-attending block, mean over heads.
 

@@ -127,6 +127,18 @@ def test_one_picture_many_questions_and_one_question_many_pictures(vqa, pictures
     assert len(model.ask(pictures[0], QUESTIONS[0], top_p=0.9)) == 1
 
 
+def test_an_answer_in_pieces_is_the_greedy_one(vqa, pictures):
+    model = qformers.load(vqa)
+    greedy = {"num_beams": 1, "length_penalty": 1.0}
+    for picture, question in zip(pictures, QUESTIONS, strict=True):
+        pieces = list(model.stream_answer(picture, question))
+        assert len(pieces) > 1 and "".join(pieces).strip() == model.ask(picture, question, **greedy)[0]
+    with pytest.raises(ConfigError, match="streamed"):
+        next(model.stream_answer(pictures[0], QUESTIONS[0], num_beams=2))
+    with pytest.raises(DataError, match="question 1 of 1 is empty"):
+        model.stream_answer(pictures[0], " ")
+
+
 def test_saved_and_converted_it_still_reads_the_question(vqa, pictures, tmp_path):
     model = qformers.load(vqa)
     model.save_pretrained(tmp_path / "copy")

@@ -49,10 +49,9 @@ def test_every_answer_is_the_python_apis(client, toy_models, speaker, matcher, i
     assert client.caption(pictures, **SHORT) == speaker.caption(pictures, **SHORT)
     prompted = {"prompt": "a photo of", "num_beams": 3, "num_return_sequences": 2, **SHORT}
     assert client.caption(pictures, **prompted) == speaker.caption(pictures, **prompted)
-    asked = [f"Question: {text} Answer:" for text in TEXTS]
-    assert client.ask(pictures, TEXTS, **SHORT) == speaker.caption(pictures, asked, **SHORT)
-    assert client.ask(pictures[0], TEXTS, **SHORT) == speaker.caption([pictures[0]] * 3, asked, **SHORT)
-    assert client.ask(pictures, TEXTS[0], **SHORT) == speaker.caption(pictures, asked[0], **SHORT)
+    assert client.ask(pictures, TEXTS, **SHORT) == speaker.ask(pictures, TEXTS, **SHORT)
+    assert client.ask(pictures[0], TEXTS) == speaker.ask(pictures[0], TEXTS)
+    assert client.ask(pictures, TEXTS[0], num_beams=1) == speaker.ask(pictures, TEXTS[0], num_beams=1)
     for row, picture in zip(client.match(pictures, TEXTS), pictures, strict=True):
         assert row == pytest.approx(matcher.match(picture, TEXTS).tolist(), **TOLERANCE)
     features = matcher.encode_image(matcher.preprocess(pictures)).features
@@ -128,7 +127,7 @@ def test_openais_client_gets_a_caption_an_answer_and_a_stream(service, toy_model
     [caption] = speaker.caption(toy_models.picture(1), **six)
     assert say(shown).choices[0].message.content == caption
     question = "the cat sits on"
-    [answer] = speaker.caption(toy_models.picture(1), f"Question: {question} Answer:", **six)
+    [answer] = speaker.ask(toy_models.picture(1), question, num_beams=1, length_penalty=1.0, **six)
     asking = {"role": "user", "content": [{"type": "text", "text": question}, picture]}
     assert say(asking).choices[0].message.content == answer
     pieces = [chunk.choices[0].delta.content or "" for chunk in say(asking, stream=True)]

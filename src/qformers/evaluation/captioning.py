@@ -86,10 +86,7 @@ class Captioner:
         Raises:
             ConfigError: a question is too long for the model's context, or a template without its one {}.
         """
-        language = self.language if template is None else replace(self.language, question_template=template)
-        prompts = [language.question_template.replace("{}", question) for question in questions]
-        shown = questions if language.qformer_reads == "question" else None
-        return self.say(patch_embeds, prompts, settings, instructions=shown)
+        return self.say(patch_embeds, self._asked(questions, template), settings, instructions=self._shown(questions))
 
     def prompts(self, prompt: str | Sequence[str] | None, pictures: int) -> list[str]:
         """One prompt for each of so many pictures: the given one, or each its own; None: the trained one.
@@ -103,6 +100,19 @@ class Captioner:
         if len(prompts) != pictures:
             raise DataError(f"{pictures} pictures and {len(prompts)} prompts: give one prompt, or one for each picture")
         return prompts
+
+    def stream_answer(
+        self, patch_embeds: Float[Tensor, "1 patches vision_dim"], question: str, settings: GenerationSettings
+    ) -> Iterator[str]:
+        """The answer to one question about one picture, in pieces. Raises as `stream`."""
+        return self.stream(patch_embeds, self._asked([question])[0], settings, self._shown([question]))
+
+    def _asked(self, questions: Sequence[str], template: str | None = None) -> list[str]:
+        language = self.language if template is None else replace(self.language, question_template=template)
+        return [language.question_template.replace("{}", question) for question in questions]
+
+    def _shown(self, questions: Sequence[str]) -> Sequence[str] | None:
+        return questions if self.language.qformer_reads == "question" else None
 
     @torch.inference_mode()
     def say(
@@ -134,7 +144,11 @@ class Captioner:
         return self.tokenizer.decode(ids)
 
     def stream(
-        self, patch_embeds: Float[Tensor, "1 patches vision_dim"], prompt: str, settings: GenerationSettings
+        self,
+        patch_embeds: Float[Tensor, "1 patches vision_dim"],
+        prompt: str,
+        settings: GenerationSettings,
+        instructions: Sequence[str] | None = None,
     ) -> Iterator[str]:
         """The same for one picture, in pieces as they are generated.
 
@@ -150,7 +164,7 @@ class Captioner:
         def generate() -> None:
             try:
                 with torch.inference_mode():
-                    visual = self.visual_prompts(patch_embeds, [prompt])
+                    visual = self.visual_prompts(patch_embeds, instructions or [prompt])
                     self.model.language_model.generate(
                         visual, input_ids.to(device), attention_mask.to(device), settings, streamer
                     )

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from qformers.models.config import GenerationSettings
 from qformers.serving import schema
 from qformers.serving.errors import ServiceError, as_service_error
 from qformers.serving.routes import ERRORS, name_of, read, takes
-from qformers.serving.service import QUESTION, Generation, Service
+from qformers.serving.service import Generation, Service
 
 Words = Annotated[str, StringConstraints(max_length=schema.MAX_TEXT_CHARACTERS)]
 
@@ -84,8 +85,8 @@ class ChatRequest(BaseModel):
     logprobs: Literal[False] | None = None
 
     def generation(self) -> Generation:
-        """`GenerationSettings`' fields, and the seed."""
-        chosen: Generation = {}
+        """`GenerationSettings`' fields, and the seed: no beams, as a stream has none."""
+        chosen: Generation = {"num_beams": 1, "length_penalty": 1.0, "max_new_tokens": GenerationSettings.max_new_tokens}
         if limit := self.max_completion_tokens or self.max_tokens:
             chosen["max_new_tokens"] = limit
         if self.temperature or (self.top_p is not None and self.temperature is None):
@@ -101,7 +102,12 @@ class ChatRequest(BaseModel):
             raise ServiceError("invalid_request", f"{len(pictures)} pictures: a conversation is about one")
         return pictures[0]
 
-    def prompt(self) -> str | None:
+    def question(self) -> str | None:
+        """What is asked, where it is the first question and nothing was said before it."""
+        said = [message for message in self.messages if message.text]
+        return said[0].text if len(said) == 1 and said[0].role == "user" else None
+
+    def prompt(self, template: str) -> str | None:
         """The conversation as BLIP-2 is asked (section 4.1): what was asked and answered before, then the question.
 
         None where nothing is asked: a caption is wanted.
@@ -113,7 +119,7 @@ class ChatRequest(BaseModel):
             elif message.role == "assistant":
                 turns.append(message.text)
             elif message.text:
-                turns.append(QUESTION.format(message.text))
+                turns.append(template.replace("{}", message.text))
         return " ".join(filter(None, [*before, *turns])) or None
 
 
@@ -158,17 +164,21 @@ def build_chat(service: Service) -> APIRouter:
         name = name_of(service.speaking())
         if asked.model != name:
             raise ServiceError("model_not_found", f"the model that speaks here is {name!r}")
-        picture, prompt, generation = asked.picture(), asked.prompt(), asked.generation()
+        picture, question, generation = asked.picture(), asked.question(), asked.generation()
+        prompt = asked.prompt(service.speaking().loaded.stage2()[1].question_template)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if asked.stream:
-            pieces = service.stream(picture, prompt, generation)
+            pieces = service.stream(picture, prompt, generation, question)
             try:
                 first = await anext(pieces, "")  # a picture that cannot be read still has its own status
             except Exception as error:
                 await pieces.aclose()
                 raise as_service_error(error) from error
             return StreamingResponse(_events(head, first, pieces), media_type="text/event-stream")
-        [[said]] = await service.caption([picture], prompt, generation)
+        if question is None:
+            [[said]] = await service.caption([picture], prompt, generation)
+        else:
+            [said] = await service.ask([picture], [question], generation)
         message = ChatMessage(role="assistant", content=said)
         return ChatAnswer(
             object="chat.completion", choices=[Choice(index=0, message=message, finish_reason="stop")], **head

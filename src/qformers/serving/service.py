@@ -24,7 +24,6 @@ from qformers.serving.pictures import prepare
 logger = logging.getLogger(__name__)
 
 DECODERS = 2  # pictures decoded at a time: at the limit of pixels one takes some hundred MB
-QUESTION = "Question: {} Answer:"
 Generation = dict[str, Any]  # fields of GenerationSettings, and "seed"
 
 
@@ -74,12 +73,14 @@ class Service:
         pictures = await self._prepare(speaker, contents)
 
         def say(pictures: list[PreparedImage], questions: list[str], settings: Generation) -> list[str]:
-            return speaker.caption(pictures, [QUESTION.format(question) for question in questions], **settings)
+            return speaker.ask(pictures, questions, **settings)
 
         return [answers[0] for answers in await self._generate("ask", say, pictures, questions, generation)]
 
-    async def stream(self, content: bytes, prompt: str | None, generation: Generation) -> AsyncGenerator[str, None]:
-        """A caption piece by piece. Whoever stops reading stops the generation."""
+    async def stream(
+        self, content: bytes, prompt: str | None, generation: Generation, question: str | None = None
+    ) -> AsyncGenerator[str, None]:
+        """A caption, or the answer to a question, piece by piece. Whoever stops reading stops the generation."""
         speaker = self.speaking()
         [picture] = await self._prepare(speaker, [content])
         settings, seed = _without_seed(generation)
@@ -88,7 +89,10 @@ class Service:
 
         def run(rows: list[PreparedImage]) -> list[None]:
             _seed(seed)
-            said = speaker.stream_caption(rows[0], prompt, **settings)
+            if question is None:
+                said = speaker.stream_caption(rows[0], prompt, **settings)
+            else:
+                said = speaker.stream_answer(rows[0], question, **settings)
             for piece in said:
                 if left.is_set():
                     break
