@@ -41,6 +41,7 @@ TRANSFORM = TransformConfig(PIXELS, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
 
 def run() -> dict[str, object]:
     """Times ours and the plain loops in turn; `ratio` is the pictures' in one process."""
+    torch.set_num_threads(1)  # as in a loading process; Pillow and `os.pread` have one as well
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
         pictures, dataset = write_tars(Path(folder))

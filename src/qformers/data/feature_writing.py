@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qformers.data.features import FIX, FORMAT, FeatureKey, FeatureStore, checksum, read_header
+from qformers.data.features import FIX, FORMAT, FeatureKey, FeatureStore, checksum, read_header, row_bytes
 from qformers.errors import DataError
 
 SHARD_BYTES = 256 << 20
@@ -124,7 +124,7 @@ def _write_shard(store: FeatureStore, number: int, features: Float[Tensor, "rows
             "squared": str(features.double().nan_to_num(0.0).pow(2).sum().item()),
         }
         tensors = {"features": levels.to(torch.int8), "scales": scales}
-    rows = zip(*tensors.values(), strict=True)
+    rows = zip(*row_bytes(list(tensors.values())), strict=True)
     sums = torch.tensor([checksum(list(parts)) for parts in rows], dtype=torch.int64)
     path = store.shard_path(number)
     partial = path.with_name(f"{path.name}.partial")

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qformers.errors import DataError
@@ -92,7 +93,7 @@ class FeatureStore:
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder = folder
         self.header = header
-        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._shards: dict[int, Shard] = {}
 
     @property
     def records(self) -> int:
@@ -176,14 +177,15 @@ class FeatureStore:
                 f"and {self.views} views"
             )
         number, within = divmod(index * self.views + view, self.header["rows_per_shard"])
-        tensors = self._shard(number)
-        parts = [tensors[name][within] for name in ("features", "scales") if name in tensors]
-        if checksum(parts) != int(tensors["checksums"][within]):
+        shard = self._shard(number)
+        if not shard.is_whole(within):
             raise DataError(
                 f"{self.shard_path(number)}: row {within} (record {index}, view {view}) is not as written: {FIX}, "
                 "it finds and replaces what is damaged"
             )
-        row = parts[0] if self.dtype == "bfloat16" else (parts[0] * parts[1][:, None]).bfloat16()
+        row = shard.features[within]
+        if shard.scales is not None:
+            row = (row * shard.scales[within][:, None]).bfloat16()
         if torch.isnan(row[0, 0]):
             raise DataError(f"{self.folder}: record {index} had a broken picture when its features were made")
         return row
@@ -191,10 +193,9 @@ class FeatureStore:
     def damaged(self, number: int) -> str | None:
         """What is wrong with shard `number`, every row of it read; None if nothing is."""
         try:
-            tensors = _map_tensors(self.shard_path(number))
-            names = [name for name in ("features", "scales") if name in tensors]
+            shard = Shard.map(self.shard_path(number))
             for within in range(len(self.shard_rows(number))):
-                if checksum([tensors[name][within] for name in names]) != int(tensors["checksums"][within]):
+                if not shard.is_whole(within):
                     return f"row {within} is not as written"
         except (OSError, RuntimeError, ValueError, LookupError) as error:
             return " ".join(str(error).split()) or type(error).__name__
@@ -207,11 +208,11 @@ class FeatureStore:
         path, needed = self.shard_path(number), len(self.shard_rows(number)) * self.row_bytes
         return path.exists() and path.stat().st_size >= needed
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
+    def _shard(self, number: int) -> Shard:
         found = self._shards.get(number)
         if found is None:
             try:
-                found = _map_tensors(self.shard_path(number))
+                found = Shard.map(self.shard_path(number))
             except (OSError, RuntimeError, ValueError, LookupError) as error:
                 reason = " ".join(str(error).split())
                 raise DataError(f"{self.shard_path(number)}: cannot be read: {reason}: {FIX}") from error
@@ -221,11 +222,39 @@ class FeatureStore:
         return found
 
 
-def checksum(parts: list[Tensor]) -> int:
-    """Of one row's tensors, as a signed 64-bit number."""
+@dataclass(frozen=True)
+class Shard:
+    """One file of a store, mapped. `contents` are the bytes of `features` and, if there are any, of `scales`, row by
+    row, as numpy's: it slices in a tenth of the time that a tensor takes, and a row is checked each time it is read."""
+
+    features: Tensor
+    scales: Tensor | None
+    checksums: list[int]
+    contents: list[UInt8[np.ndarray, "rows _"]]
+
+    @classmethod
+    def map(cls, path: Path) -> Shard:
+        """The shard in `path`. Raises OSError, RuntimeError, ValueError or LookupError where it is none."""
+        tensors = _map_tensors(path)
+        features, scales = tensors["features"], tensors.get("scales")
+        contents = row_bytes([features] if scales is None else [features, scales])
+        return cls(features, scales, tensors["checksums"].tolist(), contents)
+
+    def is_whole(self, within: int) -> bool:
+        """Whether row `within` is as it was written."""
+        return checksum([content[within] for content in self.contents]) == self.checksums[within]
+
+
+def row_bytes(tensors: list[Tensor]) -> list[UInt8[np.ndarray, "rows _"]]:
+    """The bytes of each tensor's rows, for `checksum`."""
+    return [tensor.view(torch.uint8).flatten(1).numpy() for tensor in tensors]
+
+
+def checksum(parts: list[UInt8[np.ndarray, " _"]]) -> int:
+    """xxh3 of one row's bytes, as a signed 64-bit number."""
     digest = xxhash.xxh3_64()
     for part in parts:
-        digest.update(part.view(torch.uint8).numpy().data)
+        digest.update(part)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from qformers.errors import DataError
 
@@ -35,7 +35,8 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
     """
     image = decode_image(source, name)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return _to_rgb(ImageOps.exif_transpose(image) if turned else image)  # it copies, turned or not
     except _DECODER_ERRORS as error:
         raise DataError(f"{_name_of(source, name)}: {_reason(error)}") from error
 
@@ -83,4 +84,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

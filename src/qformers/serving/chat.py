@@ -86,7 +86,11 @@ class ChatRequest(BaseModel):
 
     def generation(self) -> Generation:
         """`GenerationSettings`' fields, and the seed: no beams, as a stream has none."""
-        chosen: Generation = {"num_beams": 1, "length_penalty": 1.0, "max_new_tokens": GenerationSettings.max_new_tokens}
+        chosen: Generation = {
+            "num_beams": 1,
+            "length_penalty": 1.0,
+            "max_new_tokens": GenerationSettings.max_new_tokens,
+        }
         if limit := self.max_completion_tokens or self.max_tokens:
             chosen["max_new_tokens"] = limit
         if self.temperature or (self.top_p is not None and self.temperature is None):
