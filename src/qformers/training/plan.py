@@ -33,6 +33,12 @@ class Layers:
         layer = 4 * self.dim**2 + self.ffn_products * self.dim * self.ffn_dim
         return self.layers * layer + self.vocabulary * self.dim + 3 * self.patch_px**2 * self.dim
 
+    @property
+    def kept_frozen(self) -> int:
+        """Numbers of one position kept for a backward pass to the inputs alone: of each layer both norms' inputs,
+        queries, keys, values and attention, and the activation's input (of a gated one, all three products')."""
+        return self.layers * (6 * self.dim + (2 * self.ffn_products - 3) * self.ffn_dim)
+
     def flops(self, tokens: int) -> int:
         """Products and sums of a forward pass over one row of `tokens`."""
         layer = 4 * self.dim**2 + self.ffn_products * self.dim * self.ffn_dim
@@ -99,9 +105,7 @@ def plan(config: TrainConfig, gpus: int) -> Plan:
         # Backwards a frozen model's weights have no gradient: two passes of it, not three.
         spoken = language.flops(tokens) + 2 * CAPTION_TOKENS * language.dim * language.vocabulary
         step = rows * (vision_flops + 3 * forward + 2 * spoken)
-        kept = query_pass_kept(shape, queries, frequency) + language.layers * tokens * (
-            8 * language.dim + 3 * language.ffn_dim
-        )
+        kept = query_pass_kept(shape, queries, frequency) + tokens * language.kept_frozen
         kept += 2 * CAPTION_TOKENS * language.vocabulary
     return Plan(
         rows=rows,
