@@ -5,7 +5,7 @@ OUT ?= runs/bench
 
 installed := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format docs bench clean
 
 demo: $(installed)
 	$(VENV)/bin/qformers demo --output runs/demo
@@ -22,6 +22,11 @@ lint: $(installed)
 format: $(installed)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# The figures and the site in dist/site; a link that leads nowhere fails it
+docs: $(installed)
+	$(VENV)/bin/python docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # make bench BENCH=name OUT=folder; without BENCH every benchmark runs
 bench: $(installed)

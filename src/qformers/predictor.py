@@ -79,8 +79,9 @@ def load(
     Args:
         dtype: of all weights; by default the Q-Former is in float32, the image encoder and the language model as they
             were saved.
-        vision_encoder, language_model, text_encoder: folders or hub ids of what a .pth leaves out: its frozen image
-            encoder, its frozen language model, and the BERT whose tokenizer the Q-Former has.
+        vision_encoder: folder or hub id of what a .pth leaves out: its frozen image encoder.
+        language_model: the same of its frozen language model.
+        text_encoder: the same of the BERT whose tokenizer the Q-Former has.
 
     Raises:
         CheckpointError: no such model, or damaged files. ConfigError: nothing there, or a .pth that needs more.
@@ -252,8 +253,7 @@ class Predictor:
     def stream_caption(self, image: Picture, prompt: str | None = None, **generation: Any) -> Iterator[str]:
         """The caption of one picture, piece by piece as it is generated. No beams.
 
-        Raises:
-            As `caption`, and ConfigError for beams.
+        Raises as `caption`, and ConfigError for beams.
         """
         speaker, settings = self._speaker(), GenerationSettings(**generation)
         return speaker.stream(self.patches([image]), speaker.prompts(prompt, 1)[0], settings)
@@ -261,8 +261,7 @@ class Predictor:
     def stream_answer(self, image: Picture, question: str, **generation: Any) -> Iterator[str]:
         """The answer to a question about one picture, piece by piece as it is generated. No beams.
 
-        Raises:
-            As `ask`, and ConfigError for beams.
+        Raises as `ask`, and ConfigError for beams.
         """
         greedy = {"num_beams": 1, "length_penalty": 1.0}
         speaker, settings = self._speaker(), GenerationSettings.for_answers(**{**greedy, **generation})

@@ -61,8 +61,8 @@ def rerank(
         rule: see `pair_scores`.
 
     Raises:
-        ConfigError: an unknown rule, or k below 1. DataError: logits or similarities that are not finite, or of
-        another shape than the pairs.
+        ConfigError: an unknown rule, or k below 1.
+        DataError: logits or similarities that are not finite, or of another shape than the pairs.
     """
     if k < 1:
         raise ConfigError(f"re-ranking needs at least 1 candidate, got k={k}")

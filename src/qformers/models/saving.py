@@ -249,7 +249,7 @@ def start_from(model: Stage1Model | Stage2Model, folder: str | Path) -> None:
 
     Raises:
         CheckpointError: no such model, one of stage 2 where stage 1 is to go on, or one with another image encoder or
-        Q-Former; names what does not fit.
+            Q-Former; names what does not fit.
     """
     folder = model_folder(folder)
     description = read_description(folder)
@@ -291,8 +291,8 @@ def started_shape(folder: str | Path, shape: QFormerShape, qformer_reads: QForme
         qformer_reads: what training is to show the Q-Former, as in `LanguageConfig`.
 
     Raises:
-        CheckpointError: no model there. ConfigError: a Q-Former that reads text would go on without, or one without a
-        text branch is to read.
+        CheckpointError: no model there.
+        ConfigError: a Q-Former that reads text would go on without, or one without a text branch is to read.
     """
     description = read_description(model_folder(folder))
     has_text = description.get("qformer", {}).get("has_text", True)

@@ -101,8 +101,10 @@ def itm_logits(
     A positive and the pair of the same image with its negative text share the image's keys on the query axis.
 
     Args:
-        own, own_texts: the scored images, and the text of each.
-        wrong, wrong_texts: the negative image of each text, and the negative text of each image.
+        own: the scored images.
+        own_texts: the text of each.
+        wrong: the negative image of each text.
+        wrong_texts: the negative text of each image.
     """
     scored, longer = len(own_texts[0]), wrong_texts[0].shape[1] - own_texts[0].shape[1]
     pairs = []

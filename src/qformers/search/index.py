@@ -85,8 +85,9 @@ class Index:
             approximation: use the approximate index, if there is one; by default every row is compared.
 
         Raises:
-            ConfigError: neither text nor image, or re-ranking without a text. DataError: a text that is empty or longer
-            than the model reads, a wrong `where`, or a picture that cannot be read.
+            ConfigError: neither text nor image, or re-ranking without a text.
+            DataError: a text that is empty or longer than the model reads, a wrong `where`, or a picture that cannot
+                be read.
         """
         if k < 1 or rerank < 0:
             raise ConfigError(f"k is {k} and rerank {rerank}: needed are k of at least 1 and rerank of at least 0")

@@ -86,8 +86,9 @@ def index_folder(
         approximate: build an approximate vector index too, if there is none yet.
 
     Raises:
-        DataError: no pictures, or a metadata file that cannot be used. CheckpointError: no such model. ConfigError:
-        the index is of another model or folder, has other columns, or another indexer is at work.
+        DataError: no pictures, or a metadata file that cannot be used.
+        CheckpointError: no such model.
+        ConfigError: the index is of another model or folder, has other columns, or another indexer is at work.
     """
     folder, place = Path(folder), Path(place)
     paths = picture_paths(folder, place)
