@@ -25,7 +25,7 @@ from qformers.evaluation.scoring import itc_similarities, match_logits, text_fea
 from qformers.models.config import Dtype, FrozenParts, GenerationSettings, ModelConfig
 from qformers.models.inspection import cross_attention_weights
 from qformers.models.saving import LoadedModel, SavedLanguage, save_model
-from qformers.models.stage2 import Stage2Model
+from qformers.models.stage2 import BridgedModel, Stage2Model
 from qformers.models.tensors import fingerprint
 
 
@@ -119,7 +119,7 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        return self.model.qformer.query_tokens.device
+        return self.model.vision_norm.weight.device
 
     def fingerprint(self) -> str:
         """sha256 of the weights that `encode_image` and `encode_text` use, by which an index knows its model."""
@@ -275,9 +275,12 @@ class Predictor:
         tokens that are no patch ([CLS]) is left out, so a map sums to at most 1.
 
         Raises:
-            CheckpointError: a text, and a stage-2 model whose Q-Former was not trained to read any.
+            CheckpointError: no Q-Former, or a text and a stage-2 model whose Q-Former was not trained to read any.
         """
         model, encoder = self.model, self.model.vision_encoder
+        if isinstance(model, BridgedModel):
+            bridge = self.loaded.config.bridge
+            raise CheckpointError(f"{self.loaded.folder}: its bridge is {bridge}; only a Q-Former's queries look")
         tokens = None
         if text is not None:
             if isinstance(model, Stage2Model) and not model.reads_instructions:

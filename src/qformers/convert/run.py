@@ -64,6 +64,9 @@ def convert(source: str | Path, destination: str | Path, to: Format, parts: Froz
     if final.exists():
         raise ConfigError(f"{final} is there already: give another destination, or remove it")
     checkpoint = _read(_place(source), str(source), parts or FrozenParts())
+    bridge = checkpoint.description["model"].get("bridge", "qformer")
+    if bridge != "qformer" and to != "qformers":
+        raise ConfigError(f"{source}: its bridge is {bridge}: only a Q-Former has a place in other formats")
     unfinished = final.with_name(f".unfinished_{final.name}")
     try:
         _remove(unfinished)

@@ -10,6 +10,7 @@ from qformers.errors import ConfigError
 PresetName = Literal["blip2", "small", "tiny", "other"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 QFormerReads = Literal["nothing", "question", "prompt"]
+BridgeName = Literal["qformer", "linear", "mlp", "perceiver"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class ModelConfig:
     """Folder or hub id of the frozen image encoder."""
     vision_layer: int = -2
     """Which layer's output to read; later ones are not built. The paper takes the second-to-last."""
+    bridge: BridgeName = "qformer"
+    """What stands between image encoder and language model. Instead of a Q-Former, in stage 2: linear (pooled patches,
+    projected), mlp (the same through LLaVA's two layers) or perceiver (Flamingo's resampler of the preset's size);
+    each gives `num_queries` visual tokens and needs no stage 1."""
     preset: PresetName = "blip2"
     """Shape of the Q-Former: blip2 (BERT-base), small (MiniLM: 6 layers, 384 wide), tiny (tests); other: that of a
     checkpoint that was read from another format, which no recipe can build."""

@@ -12,12 +12,13 @@ from torch import nn
 from qformers.errors import ConfigError
 from qformers.models.attention import CrossAttention, SelfAttention
 from qformers.models.bert import load_bert_weights
+from qformers.models.bridges import AveragePooling, Bridge, PerceiverLayer, PerceiverResampler, PooledMLP
 from qformers.models.config import ModelConfig, PresetName
 from qformers.models.freezing import freeze
 from qformers.models.language import LanguageModel
 from qformers.models.qformer import Block, FeedForward, NoText, QFormer, TextEmbeddings
 from qformers.models.stage1 import Stage1Model, TokenHead
-from qformers.models.stage2 import Stage2Model
+from qformers.models.stage2 import BridgedModel, Stage2Model
 from qformers.models.vision import VisionEncoder
 
 INITIAL_TEMPERATURE = 0.07
@@ -170,15 +171,61 @@ def build_stage2(
         language_model=language_model,
         reads_instructions=reads_instructions,
     )
-    # A query output comes from a LayerNorm: its entries are of size 1, so a product of `dim` of them grows by √dim.
-    # On the meta device there is nothing to measure and nothing to fill.
-    rms = 1.0 if model.language_projection.weight.is_meta else language_model.embedding_rms()
-    initialise(model.language_projection, std=rms / math.sqrt(shape.dim))
+    _start_projection(model)
     if shape.has_text and not reads_instructions:
         for part in model.text_branch():
             freeze(part, "text_branch")
     _prepare_encoder(vision_encoder, config)
     return model
+
+
+def build_bridged(config: ModelConfig, vision_encoder: VisionEncoder, language_model: LanguageModel) -> BridgedModel:
+    """The stage-2 model of a `config` whose bridge is no Q-Former, all random but its two frozen models.
+
+    Raises:
+        ConfigError: impossible sizes.
+    """
+    bridge = build_bridge(config, vision_encoder, language_model.dim)
+    model = BridgedModel(
+        vision_encoder=vision_encoder,
+        vision_norm=nn.LayerNorm(vision_encoder.dim, eps=VISION_NORM_EPS),
+        bridge=bridge,
+        language_projection=nn.Linear(bridge.dim, language_model.dim),
+        language_model=language_model,
+    )
+    _start_projection(model)
+    _prepare_encoder(vision_encoder, config)
+    return model
+
+
+def build_bridge(config: ModelConfig, vision_encoder: VisionEncoder, llm_dim: int) -> Bridge:
+    """The bridge that `config` names, random. A perceiver has the layers, width and heads of the preset."""
+    dim, shape = vision_encoder.dim, preset_shape(config.preset)
+    if config.num_queries < 1:
+        raise ConfigError(f"num_queries is {config.num_queries}: at least 1 visual token is needed")
+    if config.bridge == "perceiver":
+        layers = [
+            PerceiverLayer(shape.dim, shape.heads, shape.ffn_dim, config.attention_dropout, config.dropout)
+            for _ in range(shape.layers)
+        ]
+        tokens = nn.Parameter(torch.empty(config.num_queries, shape.dim))
+        bridge = PerceiverResampler(tokens, nn.Linear(dim, shape.dim), nn.ModuleList(layers))
+        nn.init.normal_(tokens, std=QUERY_STD)
+    else:
+        bridge = AveragePooling(config.num_queries, dim, vision_encoder.prefix_tokens, vision_encoder.grid)
+        if config.bridge == "mlp":
+            bridge = PooledMLP(bridge, llm_dim)
+    bridge.apply(partial(initialise, std=shape.initial_std))
+    return bridge
+
+
+def _start_projection(model: Stage2Model) -> None:
+    """Visual prompts as large as word embeddings."""
+    projection = model.language_projection
+    # A query output comes from a LayerNorm: its entries are of size 1, so a product of `dim` of them grows by √dim.
+    # On the meta device there is nothing to measure and nothing to fill.
+    rms = 1.0 if projection.weight.is_meta else model.language_model.embedding_rms()
+    initialise(projection, std=rms / math.sqrt(projection.in_features))
 
 
 def _prepare_encoder(vision_encoder: VisionEncoder, config: ModelConfig) -> None:

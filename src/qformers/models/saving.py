@@ -19,9 +19,17 @@ from qformers.errors import CheckpointError, ConfigError
 from qformers.models.card import model_card
 from qformers.models.config import Dtype, LanguageConfig, ModelConfig, QFormerReads
 from qformers.models.language import LanguageModel, build_language_model
-from qformers.models.presets import VISION_NORM_EPS, QFormerShape, build_stage1, build_stage2, preset_shape, shape_of
+from qformers.models.presets import (
+    VISION_NORM_EPS,
+    QFormerShape,
+    build_bridged,
+    build_stage1,
+    build_stage2,
+    preset_shape,
+    shape_of,
+)
 from qformers.models.stage1 import Stage1Model
-from qformers.models.stage2 import Stage2Model
+from qformers.models.stage2 import BridgedModel, Stage2Model
 from qformers.models.tensors import WEIGHTS_FILE, Tensors, open_tensors
 from qformers.models.vision import VisionEncoder, quiet_loading
 from qformers.version import __version__
@@ -184,14 +192,16 @@ def describe_model(
     model: Stage1Model | Stage2Model, config: ModelConfig, language: LanguageConfig | None
 ) -> dict[str, Any]:
     """All but the weights, as plain JSON values: config.json of a saved model. `build_described` is the inverse."""
-    shape = asdict(shape_of(model.qformer))
-    del shape["initial_std"]  # of fresh weights; these are not
+    qformer: dict[str, Any] = {}
+    if not isinstance(model, BridgedModel):
+        shape = asdict(shape_of(model.qformer))
+        del shape["initial_std"]  # of fresh weights; these are not
+        qformer = {"qformer": shape, "vocab_size": model.qformer.vocab_size}
     description = {
         "format": FORMATS[1],
         "qformers_version": __version__,
         "model": asdict(config),
-        "qformer": shape,
-        "vocab_size": model.qformer.vocab_size,
+        **qformer,
         "vision": model.vision_encoder.describe(),
         "vision_norm_eps": model.vision_norm.eps,
     }
@@ -210,7 +220,9 @@ def build_described(description: dict[str, Any], speaker: LanguageModel | None) 
     unstarted = replace(config, start_from_text_encoder=False)
     # Models of the first versions are all of a preset.
     shape = QFormerShape(**description["qformer"]) if "qformer" in description else preset_shape(config.preset)
-    if speaker is None:
+    if speaker is not None and config.bridge != "qformer":
+        model = build_bridged(config, encoder, speaker)
+    elif speaker is None:
         model = build_stage1(unstarted, description["vocab_size"], encoder, shape)
     else:
         instructed = reads_instructions(description)
@@ -261,15 +273,14 @@ def start_from(model: Stage1Model | Stage2Model, folder: str | Path) -> None:
     for name, tensor in ours.items():
         needed = not name.startswith("language_projection.")
         if name not in stored and needed:
-            raise CheckpointError(f"{folder}: lacks {name}, so its image encoder or Q-Former is not the recipe's")
+            raise CheckpointError(f"{folder}: lacks {name}, so its image encoder or bridge is not the recipe's")
         if name in stored and stored[name].shape != tensor.shape and needed:
             raise CheckpointError(
                 f"{folder}: {name} has shape {tuple(stored[name].shape)}, the recipe's model {tuple(tensor.shape)}: "
                 "set `model` as that run's config.yaml has it"
             )
-    leftover = [
-        name for name in stored if name.startswith(("vision_encoder.", "vision_norm.", "qformer.")) and name not in ours
-    ]
+    kept = ("vision_encoder.", "vision_norm.", "qformer.", "bridge.")
+    leftover = [name for name in stored if name.startswith(kept) and name not in ours]
     if leftover:
         raise CheckpointError(
             f"{folder}: {len(leftover)} of its weights have no place in the recipe's model, first {min(leftover)}: "

@@ -109,7 +109,7 @@ class TrainConfig:
     """1: ITC + ITM + ITG, no language model. 2: visual prompts of the frozen language model of `language`."""
     start: str | None = None
     """The run or saved model that goes on. Stage 1, to fine-tune for retrieval: of stage 1, whole. Stage 2: of stage 1
-    or 2, its image encoder and Q-Former."""
+    or 2, its image encoder and Q-Former; of another `model.bridge` none, or one of stage 2 with that bridge."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     """Stage 2: the language model. Its path may be left out when `start` is of stage 2 and has one."""
     objectives: Stage1LossConfig = field(default_factory=Stage1LossConfig)
@@ -171,7 +171,8 @@ class TrainConfig:
             raise ConfigError(f"stage is {self.stage!r}: must be 1 or 2")
         if self.stage == 1 and self.language.path is not None:
             raise ConfigError("language.path belongs to stage 2: set stage to 2, or leave it out")
-        if self.stage == 2 and self.start is None:
+        self._check_bridge()
+        if self.stage == 2 and self.start is None and self.model.bridge == "qformer":
             raise ConfigError("stage 2 needs start: the stage-1 run whose Q-Former goes on, e.g. --start runs/stage1")
         if self.model.train_vision_encoder and self.data.features is not None:
             raise ConfigError(
@@ -183,6 +184,20 @@ class TrainConfig:
                 f"optimiser.warmup_steps is {self.optimiser.warmup_steps} and steps is {self.steps}: "
                 "the run would end before the learning rate has reached its peak"
             )
+
+    def _check_bridge(self) -> None:
+        bridge = self.model.bridge
+        if bridge == "qformer":
+            return
+        if self.stage == 1:
+            raise ConfigError(f"model.bridge is {bridge} and stage 1: only a Q-Former has a stage 1; set stage to 2")
+        if self.language.reads_instructions:
+            raise ConfigError(
+                f"model.bridge is {bridge} and language.qformer_reads {self.language.qformer_reads}: only a Q-Former "
+                "reads text; set it to nothing"
+            )
+        if self.start is None and self.language.path is None:
+            raise ConfigError("stage 2 needs language.path: there is no start that has a language model")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

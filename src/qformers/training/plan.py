@@ -84,6 +84,8 @@ def plan(config: TrainConfig, gpus: int) -> Plan:
     """
     if gpus < 1 or config.data.batch_size % gpus:
         raise ConfigError(f"data.batch_size is {config.data.batch_size} for {gpus} GPU(s): it must be a multiple")
+    if config.model.bridge != "qformer":
+        raise ConfigError(f"model.bridge is {config.model.bridge}: only what a Q-Former takes can be counted")
     rows, shape = config.data.batch_size // gpus, preset_shape(config.model.preset)
     vision = layers_of(config.model.vision_encoder)
     patches = (config.data.transform.image_px // vision.patch_px) ** 2 + 1

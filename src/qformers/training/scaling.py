@@ -17,8 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformers.distributed import world_size
 from qformers.errors import ConfigError
+from qformers.models.bridges import PerceiverResampler
 from qformers.models.stage1 import Stage1Model
-from qformers.models.stage2 import Stage2Model
+from qformers.models.stage2 import BridgedModel, Stage2Model
 from qformers.models.vision import one_line
 
 LOSS_SCALE, GROWTH = "loss_scale", "loss_scale_growth"
@@ -75,7 +76,7 @@ def recompute_layers(model: Model) -> None:
     Only what enters a layer is then kept, not what it computed. (Hugging Face's own switch does nothing in a frozen
     model, which is in eval mode.)
     """
-    layers: list[nn.Module] = [*model.qformer.blocks]
+    layers: list[nn.Module] = [*_blocks(model)]
     if isinstance(model, Stage2Model):
         layers += _layers(model.language_model)
     for layer in layers:
@@ -96,7 +97,7 @@ def compile_layers(model: Model) -> None:
             f"compile needs a working C++ compiler ({reason}): install g++, or set it to false"
         ) from error
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-    for block in model.qformer.blocks:
+    for block in _blocks(model):
         block.compile(dynamic=True)
 
 
@@ -146,6 +147,14 @@ def _large_models(model: Model) -> Iterator[nn.Module]:
     yield model.vision_encoder
     if isinstance(model, Stage2Model):
         yield model.language_model
+
+
+def _blocks(model: Model) -> Iterator[nn.Module]:
+    """The Q-Former's blocks, or the perceiver's layers; nothing where the bridge has neither."""
+    if not isinstance(model, BridgedModel):
+        yield from model.qformer.blocks
+    elif isinstance(model.bridge, PerceiverResampler):
+        yield from model.bridge.layers
 
 
 def _layers(part: nn.Module) -> list[nn.Module]:

@@ -26,7 +26,7 @@ from qformers.data.transforms import transform_for
 from qformers.errors import ConfigError
 from qformers.models.freezing import frozen_parts
 from qformers.models.language import build_language_model, is_encoder_decoder
-from qformers.models.presets import build_stage1, build_stage2, preset_shape
+from qformers.models.presets import build_bridged, build_stage1, build_stage2, preset_shape
 from qformers.models.reader import ImageReader
 from qformers.models.saving import (
     LANGUAGE_FOLDER,
@@ -69,7 +69,7 @@ class Run:
     objective: nn.Module
     optimiser: torch.optim.Optimizer
     scaler: LossScaler
-    tokenizer: CaptionTokenizer
+    tokenizer: CaptionTokenizer | None  # of the Q-Former's texts; of another bridge none
     language: SavedLanguage | None
     train_data: CaptionDataset
     validation_data: CaptionDataset | None
@@ -104,11 +104,15 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
     Raises:
         ConfigError, DataError, CheckpointError: the settings, the data or the checkpoint do not fit together.
     """
-    tokenizer = CaptionTokenizer.from_pretrained(config.model.text_encoder, config.data.max_text_tokens)
+    tokenizer = None
+    if config.model.bridge == "qformer":
+        tokenizer = CaptionTokenizer.from_pretrained(config.model.text_encoder, config.data.max_text_tokens)
     encoder = build_encoder(config)
     torch.manual_seed(config.seed)
     objective, captions, language = (
-        _stage1(config, tokenizer, encoder) if config.stage == 1 else _stage2(config, tokenizer, encoder)
+        _stage1(config, tokenizer, encoder)
+        if config.stage == 1 and tokenizer is not None
+        else _stage2(config, tokenizer, encoder)
     )
     records = open_sources(config.data.train)
     store = None
@@ -128,7 +132,7 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
     if config.shard_frozen_models:
         shard_frozen_models(objective.model, accelerator.device)
     model = objective.model.to(accelerator.device).train()
-    if config.stage == 1 and config.model.standardise_patches and config.start is None and checkpoint is None:
+    if config.model.standardise_patches and config.start is None and checkpoint is None:
         _standardise_patches(objective.model, train_data, accelerator.device)
     optimiser = build_optimiser(model, config.optimiser)
     first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
@@ -151,11 +155,12 @@ def _stage1(
 
 
 def _stage2(
-    config: TrainConfig, tokenizer: CaptionTokenizer, encoder: VisionEncoder
+    config: TrainConfig, tokenizer: CaptionTokenizer | None, encoder: VisionEncoder
 ) -> tuple[Stage2Objective, LanguageTokenizer, SavedLanguage]:
     """The language-modelling loss around a model that goes on from `config.start`, and what batches are made with."""
-    assert config.start is not None, "TrainConfig requires it"
-    language, inside = started_language(config.start, config.language)
+    language, inside = (
+        (config.language, None) if config.start is None else started_language(config.start, config.language)
+    )
     path = str(language.path if inside is None else inside / LANGUAGE_FOLDER)
     captions = LanguageTokenizer.from_pretrained(
         path if inside is None else inside / LANGUAGE_TOKENIZER_FOLDER,
@@ -174,9 +179,14 @@ def _stage2(
         )
     prompt_ids, _ = captions.encode_prompts([language.prompt])
     speaker.check_context(config.model.num_queries + prompt_ids.shape[1] + config.data.max_text_tokens)
-    shape = started_shape(config.start, preset_shape(config.model.preset), language.qformer_reads)
-    model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker, shape, language.reads_instructions)
-    start_from(model, config.start)
+    if tokenizer is None:
+        model = build_bridged(config.model, encoder, speaker)
+    else:
+        assert config.start is not None, "TrainConfig requires it of a Q-Former"
+        shape = started_shape(config.start, preset_shape(config.model.preset), language.qformer_reads)
+        model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker, shape, language.reads_instructions)
+    if config.start is not None:
+        start_from(model, config.start)
     return Stage2Objective(model), captions, SavedLanguage(language, captions)
 
 
