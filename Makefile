@@ -34,7 +34,7 @@ bench: $(installed)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch alone and first: whichever build this machine's index offers is then the one the rest is fitted to
 $(installed): pyproject.toml constraints.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 from multiprocessing import forkserver
 
@@ -36,6 +37,28 @@ def toy_models(tmp_path_factory):
     from toy_service import make_toy_models
 
     return make_toy_models(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder in which the documentation's commands and the examples find what they name (`toy_docs`)."""
+    from toy_docs import write_runs, write_world
+
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        write_world(folder)
+        write_runs()
+    return folder
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A copy of that folder, which is the current one."""
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from PIL import Image
 from toy_blip2 import save_toy
 from toy_capfilt import save_toy_captioner, save_toy_ranker
 from toy_language import WORDS, toy_tokenizer, toy_transformers_model
-from transformers import BertConfig, BertTokenizer
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from qformers.cli import main
 from qformers.convert.run import convert
@@ -31,7 +31,7 @@ SPEAKERS = {
 }
 RECIPE_SIZE: dict[str, Any] = {
     "data": {"batch_size": 4, "workers": 0, "transform": {"image_px": 28}},
-    "model": {"preset": "tiny", "start_from_text_encoder": False, "num_queries": 4, "embed_dim": 16},
+    "model": {"preset": "tiny", "num_queries": 4, "embed_dim": 16},
     "optimiser": {"warmup_steps": 1},
     "steps": 3,
     "log_every_steps": 1,
@@ -121,7 +121,9 @@ def _write_models() -> None:
     Path("made/words.txt").write_text("\n".join(words) + "\n")
     for name in TEXT_ENCODERS:
         BertTokenizer("made/words.txt").save_pretrained(name)
-        BertConfig(hidden_size=32, num_attention_heads=4, vocab_size=len(words)).save_pretrained(name)
+        # Of the `tiny` preset's shape.
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        BertForMaskedLM(BertConfig(vocab_size=len(words), **shape)).save_pretrained(name)
     for family, names in SPEAKERS.items():
         for name in names:
             toy_transformers_model(family, seed=4).save_pretrained(name)

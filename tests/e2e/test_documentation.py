@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_docs import PICTURES, write_checkpoints, write_runs, write_world
+from toy_docs import PICTURES, write_checkpoints
 
 import qformers
 from qformers import cli
@@ -68,25 +68,6 @@ def commands_of(content: str) -> list[str]:
     """A block's lines, joined where they go on, without empty ones and comments."""
     lines = re.sub(r"\\\n\s*", "", re.sub(r"\|\n\s*", "| ", content)).splitlines()
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        write_world(folder)
-        write_runs()
-    return folder
-
-
-@pytest.fixture
-def here(world, tmp_path, monkeypatch) -> Path:
-    """A copy of the world, and the current folder."""
-    folder = tmp_path / "world"
-    shutil.copytree(world, folder)
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
