@@ -254,7 +254,7 @@ def checksum(parts: list[UInt8[np.ndarray, " _"]]) -> int:
     """xxh3 of one row's bytes, as a signed 64-bit number."""
     digest = xxhash.xxh3_64()
     for part in parts:
-        digest.update(part)
+        digest.update(part.data)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
