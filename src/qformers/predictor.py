@@ -24,7 +24,7 @@ from qformers.evaluation.pictures import PICTURES_AT_ONCE
 from qformers.evaluation.scoring import itc_similarities, match_logits, text_features
 from qformers.models.config import Dtype, FrozenParts, GenerationSettings, ModelConfig
 from qformers.models.inspection import cross_attention_weights
-from qformers.models.saving import LoadedModel, SavedLanguage, save_model
+from qformers.models.saving import LoadedModel, SavedLanguage, own_card, save_model
 from qformers.models.stage2 import BridgedModel, Stage2Model
 from qformers.models.tensors import fingerprint
 
@@ -300,7 +300,8 @@ class Predictor:
             speaks = self.loaded.language_tokenizer is not None
             language = SavedLanguage(self.loaded.language, self._speaker().tokenizer if speaks else None)
         tokenizer = None if self.loaded.tokenizer is None else self.tokenizer
-        save_model(self.model, self.loaded.config, tokenizer, Path(folder), language)
+        card = own_card(self.loaded.folder)
+        save_model(self.model, self.loaded.config, tokenizer, Path(folder), language, card=card)
 
     def _speaker(self) -> Captioner:
         if self._captioner is None:

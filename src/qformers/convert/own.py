@@ -17,6 +17,7 @@ from qformers.models.saving import (
     describe_model,
     language_config,
     model_folder,
+    own_card,
     read_description,
     tokenizer_folders,
     write_description,
@@ -69,5 +70,6 @@ def write_own(checkpoint: Checkpoint, folder: Path) -> None:
     ):
         if tokenizer is not None:
             open_tokenizer(tokenizer).save_pretrained(folder / name)
-    card = model_card(model, ModelConfig(**description["model"]), language_config(description))
-    write_description(folder, description, card)
+    card = own_card(Path(checkpoint.source))
+    fresh = model_card(model, ModelConfig(**description["model"]), language_config(description))
+    write_description(folder, description, card or fresh)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qformers.errors import CheckpointError, ConfigError
-from qformers.models.card import model_card
+from qformers.models.card import Provenance, model_card
 from qformers.models.config import Dtype, LanguageConfig, ModelConfig, QFormerReads
 from qformers.models.language import LanguageModel, build_language_model
 from qformers.models.presets import (
@@ -100,11 +100,15 @@ def save_model(
     folder: Path,
     language: SavedLanguage | None = None,
     whole_state: Mapping[str, Tensor] | None = None,
+    provenance: Provenance | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a folder that `load_model` reads back bit for bit, frozen models included. An older one is replaced.
 
     Args:
         whole_state: the model's state, where `model` holds only a share of it (FSDP).
+        provenance: what the model card is to say of data, recipe and metrics.
+        card: a card that the model has already (`own_card`), instead of a new one.
 
     Raises:
         CheckpointError: it could not be written; an older folder is then left as it was.
@@ -126,13 +130,23 @@ def save_model(
             language.tokenizer.save(unfinished / LANGUAGE_TOKENIZER_FOLDER)
         if tokenizer is not None:
             tokenizer.save(unfinished / TOKENIZER_FOLDER)
-        write_description(unfinished, describe_model(model, config, spoken), model_card(model, config, spoken))
+        card = card or model_card(model, config, spoken, provenance)
+        write_description(unfinished, describe_model(model, config, spoken), card)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"{folder}: the model could not be saved ({error}): free some space") from error
+
+
+def own_card(folder: Path) -> str | None:
+    """The card of a model of ours in `folder`, which goes along when it is written again; None of anything else."""
+    try:
+        read_description(folder)
+        return (folder / CARD_FILE).read_text(encoding="utf-8")
+    except (CheckpointError, OSError):
+        return None
 
 
 def load_model(folder: str | Path, dtype: Dtype = "auto") -> LoadedModel:

@@ -41,7 +41,7 @@ from qformers.training.config import TrainConfig
 from qformers.training.logging import open_log
 from qformers.training.optimiser import learning_rate, set_learning_rate
 from qformers.training.scaling import whole_state
-from qformers.training.setup import CHECKPOINTS, PRECISIONS, Run, announce, build_run, find_checkpoint
+from qformers.training.setup import CHECKPOINTS, PRECISIONS, Run, announce, build_run, find_checkpoint, provenance
 from qformers.training.watch import Watch
 from qformers.training.writer import CheckpointWriter
 
@@ -161,7 +161,8 @@ def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerato
         checkpoints.wait()
         state = whole_state(run.model)
         if accelerator.is_main_process:
-            save_model(run.model, config.model, run.tokenizer, output / "model", run.language, state)
+            made = provenance(config, run, log.last)
+            save_model(run.model, config.model, run.tokenizer, output / "model", run.language, state, made)
         leave_together(accelerator)
     return TrainResult(output / "model", config.steps, log.last)
 

@@ -24,6 +24,7 @@ from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
 from qformers.errors import ConfigError
+from qformers.models.card import Provenance, without_secrets
 from qformers.models.freezing import frozen_parts
 from qformers.models.language import build_language_model, is_encoder_decoder
 from qformers.models.presets import build_bridged, build_stage1, build_stage2, preset_shape
@@ -245,13 +246,13 @@ def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     path = Path(config.output) / CONFIG_FILE
-    settings = json.loads(json.dumps(asdict(config)))
+    settings = _plain(config)
     if path.exists():
         before, now = flat_settings(yaml.safe_load(path.read_text(encoding="utf-8"))), flat_settings(settings)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 logger.warning("%s was %s and is now %s", name, before.get(name), now.get(name))
-    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(_as_yaml(settings), encoding="utf-8")
     frozen = ", ".join(f"{name}, {count:,}" for name, count in frozen_parts(run.model).items())
     logger.info(
         "training %s parameters (frozen: %s) on %d pictures, %s, %d process(es) on %s, steps %d to %d",
@@ -264,6 +265,24 @@ def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
         run.first_step,
         config.steps,
     )
+
+
+def provenance(config: TrainConfig, run: Run, metrics: Mapping[str, float]) -> Provenance:
+    """What the card of the finished model says of its data, its recipe and its metrics."""
+    return Provenance(
+        sources=[without_secrets(source.path) for source in config.data.train],
+        pictures=len(run.train_data),
+        recipe=without_secrets(_as_yaml(_plain(config))),
+        metrics=metrics,
+    )
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _as_yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
