@@ -210,7 +210,7 @@ def features_of(options: argparse.Namespace, output: Path, path: Path, name: str
     """A set with its frozen features."""
     shown = recipe(options, output, path, name, 0)
     tokenizer = CaptionTokenizer.from_pretrained(shown.model.text_encoder, shown.data.max_text_tokens)
-    records, store = open_sources(shown.data.train), precompute(shown)
+    records, store = open_sources(shown, shown.data.train), precompute(shown)
     return CaptionDataset(records, tokenizer, shown.data.transform, train=False, features=store)
 
 

@@ -36,12 +36,12 @@ class GlobalMean:
     is how data-parallel training and accumulation average gradients, is the mean over all targets.
     """
 
-    total: Int[Tensor, ""]
+    total: Int[Tensor, ""] | Float[Tensor, ""]
     passes: float  # on all processes together
 
     @classmethod
-    def over(cls, count: Int[Tensor, ""], passes: float = 1) -> GlobalMean:
-        """Of `count` targets on this process, met in `passes` forward passes."""
+    def over(cls, count: Int[Tensor, ""] | Float[Tensor, ""], passes: float = 1) -> GlobalMean:
+        """Of `count` targets (or weights of targets) on this process, met in `passes` forward passes."""
         total = count.detach().clone()
         if world_size() > 1:
             dist.all_reduce(total)

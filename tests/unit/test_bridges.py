@@ -195,6 +195,7 @@ def test_what_only_a_qformer_does_is_refused(run, data, tmp_path):
         ({"stage": 1, "language": LanguageConfig()}, "only a Q-Former has a stage 1"),
         ({"language": LanguageConfig()}, "language.path"),
         ({"language": LanguageConfig("lm", qformer_reads="question")}, "only a Q-Former reads text"),
+        ({"task": "vqa", "language": LanguageConfig("lm")}, "questions are for a Q-Former"),
     ],
 )
 def test_settings_that_another_bridge_cannot_have(settings, said, data, tmp_path):

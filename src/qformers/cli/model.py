@@ -192,6 +192,60 @@ def _evaluate_captioning(options: Namespace) -> None:
             Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _vqa_options(parser: ArgumentParser) -> None:
+    from dataclasses import asdict
+
+    from qformers.models.config import GenerationSettings
+
+    model_option(parser)
+    parser.add_argument("--data", type=str, required=True, help="Questions: of VQAv2, OK-VQA, GQA, or JSONL.")
+    source_options(parser)
+    parser.add_argument(
+        "--template", type=str, help="How the language model is asked, {} is the question; default: as it was trained."
+    )
+    parser.add_argument(
+        "--candidates", type=str, metavar="FILE", help="Answer with the likeliest line of this file, not by generating."
+    )
+    parser.add_argument(
+        "--metric",
+        type=Literal["auto", "vqa", "exact"],
+        default="auto",
+        help="vqa: the official accuracy over ten answers; exact: one of the answers (GQA); auto: by their number.",
+    )
+    parser.add_argument("--json", type=str, metavar="FILE", help="Write the figures here too.")
+    parser.add_argument("--submission", type=str, metavar="FILE", help="Write the answers here, as VQAv2's results.")
+    parser.add_argument("--without_answers", action="store_true", help="D is a test set: only answer its questions.")
+    parser.add_class_arguments(GenerationSettings, None)
+    parser.set_defaults(asdict(GenerationSettings.for_answers()))
+
+
+def _evaluate_vqa(options: Namespace) -> None:
+    from qformers.data.config import SourceConfig
+    from qformers.errors import DataError
+    from qformers.evaluation.answering import evaluate_vqa
+    from qformers.models.config import GenerationSettings
+
+    source, settings = instance(SourceConfig, options, path=options.data), instance(GenerationSettings, options)
+    candidates = None
+    if options.candidates:
+        try:
+            candidates = Path(options.candidates).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{options.candidates}: cannot be read: {error}") from error
+        candidates = [line.strip() for line in candidates if line.strip()]
+        if not candidates:
+            raise DataError(f"{options.candidates}: holds no answer: write one a line")
+    answered = evaluate_vqa(
+        options.model, source, settings, options.template, candidates, need_answers=not options.without_answers
+    )
+    metrics = answered.metrics(None if options.metric == "auto" else options.metric)
+    for name, value in metrics.items():
+        print(f"{name:<32} {value:.4g}")
+    for path, content in ((options.json, metrics), (options.submission, answered.submission())):
+        if path:
+            Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument("image", type=str, metavar="IMAGE", help="Picture file.")
     parser.add_argument(
@@ -226,6 +280,14 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "qformers evaluate captioning --model runs/stage2 --data test.jsonl --num_beams 5 --json captioning.json",
         _captioning_options,
         _evaluate_captioning,
+    ),
+    ("evaluate", "vqa"): Command(
+        "Answer questions about pictures and score the answers: VQA accuracy or exact match, by type.",
+        "--model M --data D [--annotations FILE] [--candidates FILE] [--metric W] [--json FILE] [--submission FILE]",
+        "qformers evaluate vqa --model runs/vqa --data v2_OpenEnded_mscoco_val2014_questions.json "
+        "--annotations v2_mscoco_val2014_annotations.json --images val2014",
+        _vqa_options,
+        _evaluate_vqa,
     ),
     ("caption",): Command(
         "Say what is in a picture, through the language model of a stage-2 run.",

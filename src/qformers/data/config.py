@@ -7,6 +7,7 @@ from typing import Literal
 
 from qformers.errors import ConfigError
 
+AnswersAs = Literal["sampled", "weighted"]
 Format = Literal["auto", "jsonl", "json", "csv", "parquet", "coco", "karpathy", "imagefolder", "webdataset"]
 
 
@@ -28,6 +29,11 @@ class SourceConfig:
     """Left at its default, "captions" and "text" are found too."""
     id_column: str = "image_id"
     """Same id, same picture. Without such a column the picture's path is its id."""
+    annotations: str | None = None
+    """Of VQAv2 and OK-VQA, the file of answers; `path` is that of the questions."""
+    image_name: str | None = None
+    """Of questions about pictures that are only numbered, how a file is named, such as "{id:0>12}.jpg"; default:
+    "COCO_<subset>_{id:0>12}.jpg" where the file of questions names a subset (VQAv2, OK-VQA), else "{id}.jpg" (GQA)."""
     stream: bool = False
     """To train: read tars and parquet files where they are and copy nothing. `path` may be a URL (s3://, hf://, …)."""
     weight: float | None = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import datasets
 import numpy as np
@@ -48,6 +47,20 @@ class CaptionEncoder(Protocol):
     ) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " label_tokens"] | None]:
         """`input_ids` and `labels` of one caption, not padded. Without a generator nothing is drawn."""
         ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What batches are made of: `CaptionDataset`, or `QuestionDataset`."""
+
+    @property
+    def records(self) -> Records: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Any: ...
+
+    def collate(self, examples: list[Any]) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ class CaptionDataset(TorchDataset):
             record = self.records[index]
         except DataError as error:
             assert isinstance(self.records, RecordList)  # a table's rows are in memory
-            return _broken(self.records.place(index), error)
+            return broken_image(self.records.place(index), error)
         generator = entropy_generator(self.seed, epoch, index)
         captions = record["captions"]
         if not captions:
@@ -137,8 +150,12 @@ class CaptionDataset(TorchDataset):
             input_ids, labels = self.tokenizer.encode_example(caption, generator if self.train else None)
             pictures = self._picture(index, record, generator if self.train else None)
         except DataError as error:
-            return _broken(record["name"], error)
+            return broken_image(record["name"], error)
         return Example(input_ids, self._image_id(index, record), record["name"], **pictures, labels=labels)
+
+    def collate(self, examples: list[Example | BrokenImage]) -> Batch:
+        """`collate` with this data set's padding."""
+        return collate(examples, self.tokenizer.pad_id)
 
     def images(self) -> ImageView:
         """Every distinct picture once, for retrieval evaluation."""
@@ -197,7 +214,7 @@ class ImageView(TorchDataset):
         try:
             pictures = dataset._picture(index, record, None)
         except DataError as error:
-            return _broken(record["name"], error)
+            return broken_image(record["name"], error)
         no_caption, _ = dataset.tokenizer.encode_example("", None)
         return Example(no_caption, dataset._image_id(index, record), record["name"], **pictures)
 
@@ -225,7 +242,7 @@ def collate(examples: list[Example | BrokenImage], pad_id: int = 0) -> Batch:
 
 
 def make_loader(
-    dataset: CaptionDataset,
+    dataset: Trainable,
     batch_size: int,
     seed: int = 0,
     start_step: int = 0,
@@ -255,14 +272,15 @@ def make_loader(
     else:
         sampler = MixtureSampler(parts, batch_size, seed, buffer=buffer, **where)
     return DataLoader(
-        dataset,
+        cast(TorchDataset, dataset),
         batch_sampler=sampler,
-        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
+        collate_fn=dataset.collate,
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers > 0 else None,
     )
 
 
-def _broken(name: str, error: DataError) -> BrokenImage:
+def broken_image(name: str, error: DataError) -> BrokenImage:
+    """The mark of a record that could not be used."""
     return BrokenImage(name, str(error).removeprefix(f"{name}: "))

@@ -94,10 +94,20 @@ class LanguageTokenizer:
             return torch.tensor(self._before + self._ids(read) + self._after), torch.tensor(
                 self._before + self._cut(self._ids(second), len(self._before))
             )
-        prompt = self._before + self._ids(self.prompt)
-        target = self._cut(self._continuation(caption))
-        labels = [IGNORED_LABEL] * len(prompt) + target
-        return torch.tensor(prompt + target), torch.tensor(labels)
+        return self._continued(self.prompt, caption)
+
+    def encode_answer(self, prompt: str, answer: str) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " label_tokens"]]:
+        """`input_ids` and `labels` of an answer to `prompt`: what `encode_prompts` gives is all that is read before."""
+        prompt = prompt.strip()
+        if self.is_encoder_decoder:
+            target = self._before + self._cut(self._ids(answer), len(self._before))
+            return torch.tensor(self._before + self._ids(prompt) + self._after), torch.tensor(target)
+        return self._continued(prompt, answer)
+
+    def _continued(self, prompt: str, target: str) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " label_tokens"]]:
+        read = self._before + self._ids(prompt)
+        said = self._cut(self._continuation(prompt, target))
+        return torch.tensor(read + said), torch.tensor([IGNORED_LABEL] * len(read) + said)
 
     def encode_prompts(self, prompts: list[str]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
         """What a model that is to go on after each prompt reads, padded on the right; an empty one is allowed."""
@@ -125,14 +135,14 @@ class LanguageTokenizer:
         place = len(words) // 2 if generator is None else int(generator.integers(len(words)))
         return " ".join(words[:place]), " ".join(words[place:])
 
-    def _continuation(self, caption: str) -> list[int]:
-        """The caption's ids as they follow the prompt: a word's ids differ with the space before it."""
-        if not self.prompt or not caption:
-            return self._ids(caption)
-        prompt, whole = self._ids(self.prompt), self._ids(f"{self.prompt} {caption}")
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        return self._ids(f" {caption}")
+    def _continuation(self, prompt: str, text: str) -> list[int]:
+        """The text's ids as they follow the prompt: a word's ids differ with the space before it."""
+        if not prompt or not text:
+            return self._ids(text)
+        before, whole = self._ids(prompt), self._ids(f"{prompt} {text}")
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self._ids(f" {text}")
 
     def _cut(self, ids: list[int], reserved: int = 0) -> list[int]:
         room = self.max_tokens - 1 - reserved

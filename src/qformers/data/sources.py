@@ -70,7 +70,9 @@ def open_source(config: SourceConfig) -> datasets.Dataset:
     DataError for a missing, empty or malformed file, a missing column (naming those there) and an unknown
     layout, ConfigError for a format or split that cannot be.
     """
-    with _quiet():
+    if config.annotations or config.image_name:
+        raise ConfigError(f"{config.path}: annotations and image_name are of questions: set task to vqa, or neither")
+    with quiet():
         source = _locate(config)
         empty = next((path for path in source.files if path.stat().st_size == 0), None)
         if empty is not None:
@@ -92,7 +94,7 @@ def picture_of(record: Mapping[str, Any]) -> bytes | str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and log lines of `datasets`: what went wrong is said by our own errors."""
     verbosity, bars_were_on = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -88,6 +88,16 @@ class Captioner:
         """
         return self.say(patch_embeds, self._asked(questions, template), settings, instructions=self._shown(questions))
 
+    def question_inputs(
+        self,
+        patch_embeds: Float[Tensor, "images patches vision_dim"],
+        questions: Sequence[str],
+        template: str | None = None,
+    ) -> tuple[Float[Tensor, "images queries llm_dim"], list[str]]:
+        """What the language model is given of questions before it answers: visual prompts, and the prompts."""
+        prompts = self._asked(questions, template)
+        return self.visual_prompts(patch_embeds, self._shown(questions) or prompts), prompts
+
     def prompts(self, prompt: str | Sequence[str] | None, pictures: int) -> list[str]:
         """One prompt for each of so many pictures: the given one, or each its own; None: the trained one.
 

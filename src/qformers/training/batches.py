@@ -8,17 +8,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from qformers.data.batch import Batch
 from qformers.data.broken import BrokenTally
-from qformers.data.dataset import CaptionDataset, collate, make_loader
+from qformers.data.dataset import Trainable, make_loader
 from qformers.errors import DataError
 from qformers.training.config import TrainConfig
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_batches(
-    config: TrainConfig, dataset: CaptionDataset, first_step: int, accelerator: Accelerator
+    config: TrainConfig, dataset: Trainable, first_step: int, accelerator: Accelerator
 ) -> Iterator[Batch]:
     """The batches of steps `first_step` to the last, on the accelerator's device.
 
@@ -120,15 +120,15 @@ def _start(loader: DataLoader) -> Iterator[Batch]:
     return started
 
 
-def validation_batches(config: TrainConfig, dataset: CaptionDataset, accelerator: Accelerator) -> Iterator[Batch]:
+def validation_batches(config: TrainConfig, dataset: Trainable, accelerator: Accelerator) -> Iterator[Batch]:
     """One pass over `dataset` in whole batches; what is left over at the end is not measured."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     share = min(config.data.batch_size, len(dataset)) // processes
     starts = range(0, len(dataset) - share * processes + 1, share * processes)
     loader = DataLoader(
-        dataset,
+        cast(Dataset, dataset),
         batch_sampler=[[(0, start + rank * share + row) for row in range(share)] for start in starts],
-        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
+        collate_fn=dataset.collate,
         num_workers=config.data.workers,
         multiprocessing_context="spawn" if config.data.workers else None,
         worker_init_fn=_leave_signals_to_parent,
@@ -146,7 +146,9 @@ def fill(batch: Batch, rows: int, processes: int) -> Batch:
     if processes == 1 or len(batch) == rows:
         return batch
     chosen = torch.arange(rows, device=batch.input_ids.device) % len(batch)
-    filled = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    filled: dict[str, Any] = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    if batch.answers is not None:
+        filled["answers"] = batch.answers.of_rows(chosen)
     return replace(batch, **filled, names=tuple(batch.names[row] for row in chosen.tolist()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qformers.data.config import SourceConfig, TransformConfig
+from qformers.data.config import AnswersAs, SourceConfig, TransformConfig
 from qformers.errors import ConfigError
 from qformers.models.config import LanguageConfig, ModelConfig
 from qformers.objectives.config import Stage1LossConfig
@@ -38,6 +38,9 @@ class DataConfig:
     """Longer captions are cut (LAVIS; the paper gives none)."""
     max_broken_fraction: float = 0.01
     """Stop when more than this share of the pictures cannot be read."""
+    answers_as: AnswersAs = "sampled"
+    """Questions: which of the answers that people gave are learned each time. sampled: one, drawn from all of them;
+    weighted: each distinct one, its loss weighted by the share of people who gave it."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -107,6 +110,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     stage: Literal[1, 2] = 1
     """1: ITC + ITM + ITG, no language model. 2: visual prompts of the frozen language model of `language`."""
+    task: Literal["captioning", "vqa"] = "captioning"
+    """Stage 2: say captions of pictures, or answer questions about them, which the sources then are (docs/vqa.md)."""
     start: str | None = None
     """The run or saved model that goes on. Stage 1, to fine-tune for retrieval: of stage 1, whole. Stage 2: of stage 1
     or 2, its image encoder and Q-Former; of another `model.bridge` none, or one of stage 2 with that bridge."""
@@ -174,6 +179,14 @@ class TrainConfig:
         self._check_bridge()
         if self.stage == 2 and self.start is None and self.model.bridge == "qformer":
             raise ConfigError("stage 2 needs start: the stage-1 run whose Q-Former goes on, e.g. --start runs/stage1")
+        if self.task not in ("captioning", "vqa"):
+            raise ConfigError(f"task is {self.task!r}: must be captioning or vqa")
+        if self.task == "vqa" and self.stage != 2:
+            raise ConfigError("task vqa belongs to stage 2: set stage to 2")
+        if self.task == "captioning" and self.language.qformer_reads == "question":
+            raise ConfigError(
+                "language.qformer_reads is question and task is captioning, which asks none: set task to vqa"
+            )
         if self.model.train_vision_encoder and self.data.features is not None:
             raise ConfigError(
                 "data.features holds a frozen image encoder's output and model.train_vision_encoder is set: "
@@ -195,6 +208,10 @@ class TrainConfig:
             raise ConfigError(
                 f"model.bridge is {bridge} and language.qformer_reads {self.language.qformer_reads}: only a Q-Former "
                 "reads text; set it to nothing"
+            )
+        if self.task == "vqa":
+            raise ConfigError(
+                f"model.bridge is {bridge} and task vqa: questions are for a Q-Former; set bridge to qformer"
             )
         if self.start is None and self.language.path is None:
             raise ConfigError("stage 2 needs language.path: there is no start that has a language model")

@@ -21,7 +21,7 @@ from qformers.data.images import load_image
 from qformers.data.transforms import evaluation_transform, train_transform, transform_for
 from qformers.errors import ConfigError, DataError
 from qformers.training.config import TrainConfig
-from qformers.training.setup import build_encoder, feature_key, open_sources
+from qformers.training.setup import build_encoder, feature_key, open_sources, stored_pictures
 
 ENCODER_BATCH = 64
 
@@ -42,7 +42,7 @@ def precompute(config: TrainConfig) -> FeatureStore:
     if config.data.features is None:
         raise ConfigError("data.features is not set: give the folder that the features are to be written to")
     processes = PartialState(cpu=not torch.accelerator.is_available())
-    records = open_sources(config.data.train)
+    records = stored_pictures(config, open_sources(config, config.data.train))
     encoder = build_encoder(config).to(processes.device)
     transform = transform_for(encoder, config.data.transform)
     views = PictureViews(records, transform, config.data.feature_views, config.seed)

@@ -30,9 +30,10 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from qformers.data.dataset import CaptionDataset
+from qformers.data.dataset import Trainable
 from qformers.errors import QFormersError
 from qformers.models.saving import save_model
+from qformers.objectives.answers import AnswerObjective
 from qformers.objectives.lm import Stage2Objective
 from qformers.objectives.output import StepOutput, count_passes
 from qformers.objectives.stage1 import Stage1Objective
@@ -101,7 +102,7 @@ def _train(config: TrainConfig, checkpoint: Path | None, accelerator: Accelerato
     output = Path(config.output)
     run = build_run(config, checkpoint, accelerator)
     objective, optimiser, scaler = run.objective, run.optimiser, run.scaler
-    bare = cast(Stage1Objective | Stage2Objective, accelerator.unwrap_model(objective))
+    bare = cast(Stage1Objective | Stage2Objective | AnswerObjective, accelerator.unwrap_model(objective))
     batches = training_batches(config, run.train_data, run.first_step, accelerator)
 
     with (
@@ -240,10 +241,10 @@ def mean_terms(done: Sequence[tuple[Names, StepOutput]], accelerator: Accelerato
 
 
 @torch.no_grad()
-def validate(config: TrainConfig, run: Run, dataset: CaptionDataset, accelerator: Accelerator) -> dict[str, float]:
+def validate(config: TrainConfig, run: Run, dataset: Trainable, accelerator: Accelerator) -> dict[str, float]:
     """The mean of each loss and statistic on `dataset`, with the same hard negatives' draws every time."""
     run.objective.eval()
-    bare = cast(Stage1Objective | Stage2Objective, accelerator.unwrap_model(run.objective))
+    bare = cast(Stage1Objective | Stage2Objective | AnswerObjective, accelerator.unwrap_model(run.objective))
     bare.before_step(config.steps, config.seed)
     done, drawing = [], partial(arithmetic, config, accelerator, 0)
     for batch in validation_batches(config, dataset, accelerator):

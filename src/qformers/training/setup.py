@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,12 @@ from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset, Records, collate
 from qformers.data.features import FeatureKey, FeatureStore, records_fingerprint
 from qformers.data.language_text import LanguageTokenizer
+from qformers.data.question_dataset import QuestionDataset, pictures_of
+from qformers.data.questions import open_questions
 from qformers.data.shards import RecordList, ShardRecords
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
-from qformers.data.transforms import transform_for
+from qformers.data.transforms import TransformConfig, transform_for
 from qformers.errors import ConfigError
 from qformers.models.card import Provenance, without_secrets
 from qformers.models.freezing import frozen_parts
@@ -40,6 +43,7 @@ from qformers.models.saving import (
 from qformers.models.stage1 import Stage1Model
 from qformers.models.stage2 import Stage2Model
 from qformers.models.vision import VisionEncoder, build_vision_encoder
+from qformers.objectives.answers import AnswerObjective
 from qformers.objectives.lm import Stage2Objective
 from qformers.objectives.output import patch_embeds_of
 from qformers.objectives.stage1 import Stage1Objective
@@ -72,8 +76,8 @@ class Run:
     scaler: LossScaler
     tokenizer: CaptionTokenizer | None  # of the Q-Former's texts; of another bridge none
     language: SavedLanguage | None
-    train_data: CaptionDataset
-    validation_data: CaptionDataset | None
+    train_data: CaptionDataset | QuestionDataset
+    validation_data: CaptionDataset | QuestionDataset | None
     first_step: int
 
     @property
@@ -115,16 +119,16 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
         if config.stage == 1 and tokenizer is not None
         else _stage2(config, tokenizer, encoder)
     )
-    records = open_sources(config.data.train)
+    records = open_sources(config, config.data.train)
     store = None
     if config.data.features is not None:
-        store = FeatureStore.open(config.data.features, feature_key(config, encoder, records))
+        store = FeatureStore.open(config.data.features, feature_key(config, encoder, stored_pictures(config, records)))
     transform = transform_for(encoder, config.data.transform)
-    train_data = CaptionDataset(records, captions, transform, train=True, seed=config.seed, features=store)
+    data = partial(_dataset, config, captions, tokenizer, transform)
+    train_data = data(records, train=True, features=store)
     validation_data = None
     if config.data.validation:
-        held_out = open_sources(config.data.validation)
-        validation_data = CaptionDataset(held_out, captions, transform, train=False, seed=config.seed, features=None)
+        validation_data = data(open_sources(config, config.data.validation), train=False, features=None)
 
     if config.checkpoint_layers:
         recompute_layers(objective.model)
@@ -133,7 +137,7 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
     if config.shard_frozen_models:
         shard_frozen_models(objective.model, accelerator.device)
     model = objective.model.to(accelerator.device).train()
-    if config.model.standardise_patches and config.start is None and checkpoint is None:
+    if isinstance(train_data, CaptionDataset) and _starts_from_pictures(config, checkpoint):
         _standardise_patches(objective.model, train_data, accelerator.device)
     optimiser = build_optimiser(model, config.optimiser)
     first_step = 1 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser) + 1
@@ -141,6 +145,35 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
     prepared = accelerator.prepare_model(objective)
     scaler = LossScaler(config.precision == "fp16", accelerator.device, optimiser)
     return Run(model, prepared, optimiser, scaler, tokenizer, language, train_data, validation_data, first_step)
+
+
+def _starts_from_pictures(config: TrainConfig, checkpoint: Path | None) -> bool:
+    return config.model.standardise_patches and config.start is None and checkpoint is None
+
+
+def _dataset(
+    config: TrainConfig,
+    words: CaptionTokenizer | LanguageTokenizer,
+    tokenizer: CaptionTokenizer | None,
+    transform: TransformConfig,
+    records: Records,
+    train: bool,
+    features: FeatureStore | None,
+) -> CaptionDataset | QuestionDataset:
+    """What the run learns from, or is measured on."""
+    if config.task == "captioning":
+        return CaptionDataset(records, words, transform, train, config.seed, features)
+    assert isinstance(words, LanguageTokenizer), "answers are said by a language model"
+    assert isinstance(records, datasets.Dataset), "questions are a table"
+    assert tokenizer is not None, "TrainConfig requires a Q-Former"
+    template = config.language.question_template
+    if config.language.qformer_reads == "prompt":
+        raise ConfigError(
+            "language.qformer_reads is prompt, which is InstructBLIP's: training reads the question alone"
+        )
+    return QuestionDataset(
+        records, words, tokenizer, template, transform, train, config.data.answers_as, config.seed, features
+    )
 
 
 def _stage1(
@@ -157,7 +190,7 @@ def _stage1(
 
 def _stage2(
     config: TrainConfig, tokenizer: CaptionTokenizer | None, encoder: VisionEncoder
-) -> tuple[Stage2Objective, LanguageTokenizer, SavedLanguage]:
+) -> tuple[Stage2Objective | AnswerObjective, LanguageTokenizer, SavedLanguage]:
     """The language-modelling loss around a model that goes on from `config.start`, and what batches are made with."""
     language, inside = (
         (config.language, None) if config.start is None else started_language(config.start, config.language)
@@ -188,7 +221,8 @@ def _stage2(
         model = build_stage2(config.model, tokenizer.vocab_size, encoder, speaker, shape, language.reads_instructions)
     if config.start is not None:
         start_from(model, config.start)
-    return Stage2Objective(model), captions, SavedLanguage(language, captions)
+    objective = Stage2Objective(model) if config.task == "captioning" else AnswerObjective(model)
+    return objective, captions, SavedLanguage(language, captions)
 
 
 @torch.no_grad()
@@ -211,8 +245,13 @@ def build_encoder(config: TrainConfig) -> VisionEncoder:
     )
 
 
-def open_sources(sources: list[SourceConfig]) -> Records:
-    """The records of all sources, one after another. Equal image ids are one picture, across sources too."""
+def open_sources(config: TrainConfig, sources: list[SourceConfig]) -> Records:
+    """The records of all sources, one after another: pictures with captions, or questions, as the task is.
+
+    Equal image ids are one picture, across sources too.
+    """
+    if config.task == "vqa":
+        return datasets.concatenate_datasets([open_questions(source).records for source in sources])
     columns = ["image", "captions", "image_id", "name"]
     opened = [
         ShardRecords.open(source) if source.stream else open_source(source).select_columns(columns)
@@ -223,6 +262,14 @@ def open_sources(sources: list[SourceConfig]) -> Records:
     if weights or len(tables) < len(opened):
         return RecordList(opened, weights)
     return datasets.concatenate_datasets(tables)
+
+
+def stored_pictures(config: TrainConfig, records: Records) -> Records:
+    """The pictures of a feature store: one for each record, or for all questions about a picture together."""
+    if config.task == "captioning":
+        return records
+    assert isinstance(records, datasets.Dataset), "questions are a table"
+    return pictures_of(records)
 
 
 def feature_key(config: TrainConfig, encoder: VisionEncoder, records: Records) -> FeatureKey:
@@ -255,10 +302,11 @@ def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
     path.write_text(_as_yaml(settings), encoding="utf-8")
     frozen = ", ".join(f"{name}, {count:,}" for name, count in frozen_parts(run.model).items())
     logger.info(
-        "training %s parameters (frozen: %s) on %d pictures, %s, %d process(es) on %s, steps %d to %d",
+        "training %s parameters (frozen: %s) on %d %s, %s, %d process(es) on %s, steps %d to %d",
         f"{sum(parameter.numel() for parameter in run.trained):,}",
         frozen,
         len(run.train_data),
+        "pictures" if config.task == "captioning" else "questions",
         config.precision,
         accelerator.num_processes,
         accelerator.device.type,
