@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -55,6 +56,33 @@ def _data_demo(options: Namespace) -> None:
         print(f"{kind:<24} {count}")
 
 
+def _questions_options(parser: ArgumentParser) -> None:
+    from qformers.demo.config import SceneQuestionsConfig
+
+    parser.add_argument("--output", type=str, required=True, help="New folder for train.jsonl and test.jsonl.")
+    parser.add_argument(
+        "--kind",
+        type=Literal["easy_vqa", "scenes"],
+        default="easy_vqa",
+        help="easy_vqa: one shape a picture, from its package; scenes: four things on coloured cards, made here.",
+    )
+    parser.add_class_arguments(SceneQuestionsConfig, None)
+
+
+def _questions(options: Namespace) -> None:
+    from qformers.demo.assets import fetch_pictures
+    from qformers.demo.config import SceneQuestionsConfig
+    from qformers.demo.questions import write_easy_vqa, write_scene_questions
+
+    output = Path(options.output)
+    if options.kind == "easy_vqa":
+        counts = write_easy_vqa(output)
+    else:
+        counts = write_scene_questions(fetch_pictures()[0], output, instance(SceneQuestionsConfig, options))
+    for part, count in counts.items():
+        print(f"{part:<24} {count}")
+
+
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("data", "validate"): Command(
         "Count records, sizes, broken pictures, empty captions and duplicate ids.",
@@ -69,6 +97,13 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "qformers data features recipes/stage1.yaml --data.features features/",
         recipe_options,
         _features,
+    ),
+    ("data", "questions"): Command(
+        "Make questions about pictures, with answers: easy-VQA, or scenes of several things.",
+        "--output DIR [--kind easy_vqa|scenes] [--scenes N] [--things N] [--seed N]",
+        "qformers data questions --output data/easy_vqa",
+        _questions_options,
+        _questions,
     ),
     ("data", "demo"): Command(
         "Make the demo's data set alone, at any size and seed.",

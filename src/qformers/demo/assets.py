@@ -170,6 +170,18 @@ ASSETS: dict[str, Asset] = {
         licence="public domain",
         home="https://openclipart.org",
     ),
+    "easy-vqa": Asset(
+        name="easy-vqa",
+        version="1.0",
+        client="pip",
+        file="easy_vqa-1.0-py3-none-any.whl",
+        sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        megabytes=3,
+        root="easy_vqa/data",
+        keep=("*.png", "*/questions.json"),
+        licence="MIT",
+        home="https://github.com/vzhou842/easy-VQA",
+    ),
 }
 
 # The pictures that have words, with the package that holds the words if it is another.

@@ -25,3 +25,14 @@ class DemoDataConfig:
     image_px: int = 224
     seed: int = 0
     workers: int = 2
+
+
+@dataclass(frozen=True)
+class SceneQuestionsConfig:
+    """How many scenes, of how many different things. Each scene is asked one question of each kind."""
+
+    scenes: int = 3000
+    test_scenes: int = 600
+    things: int = 40
+    image_px: int = 126
+    seed: int = 0

@@ -72,11 +72,13 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object of a scene; `box` is (left, top, right, bottom) in scene pixels."""
+    """One object of a scene; `box` is (left, top, right, bottom) in scene pixels, `card` a plain card's behind it."""
 
     name: str
     cutout: Cutout
     box: tuple[int, int, int, int]
+    card: tuple[int, int, int, int] | None = None
+    card_colour: tuple[int, int, int] = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,8 @@ def draw_scene(scene: Scene, grounds: dict[str, Background], image_px: int) -> I
         canvas = canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for placed in scene.objects:
         size = placed.box[2] - placed.box[0], placed.box[3] - placed.box[1]
+        if placed.card is not None:
+            canvas.paste(placed.card_colour, placed.card)
         pasted = _visible(placed.cutout).resize(size, Image.Resampling.BICUBIC)
         canvas.paste(pasted, placed.box[:2], pasted)
     return canvas
