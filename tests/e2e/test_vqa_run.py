@@ -232,6 +232,26 @@ def test_unconditioned_it_trains_as_many_steps_and_keeps_its_text_branch(data, t
         qformers.load(model).attention(data / "0.png", "red cat")
 
 
+def test_reading_an_empty_text_it_trains_as_many_weights_and_knows_no_question(data, tmp_path):
+    from accelerate import Accelerator
+
+    config = vqa_config(data, "gpt2", tmp_path / "run", steps=4)
+    control = replace(config, language=replace(config.language, qformer_reads="empty"))
+    runs = [build_run(some, None, Accelerator(cpu=True, mixed_precision="no")) for some in (config, control)]
+    assert [weight.shape for weight in runs[0].trained] == [weight.shape for weight in runs[1].trained]
+    assert runs[0].train_data[0, 0].question_ids.shape > (2,)
+    assert runs[1].train_data[0, 0].question_ids.tolist() == [runs[1].tokenizer.cls_id, runs[1].tokenizer.sep_id]
+
+    model = qformers.load(train(control).model)
+    before = load_file(data / "stage1" / "model" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    name = "qformer.blocks.0.text_ffn.up.weight"
+    assert not torch.equal(before[name], after[name])
+    patches = model.patches([data / "0.png"] * 2)
+    visual, prompts = model._speaker().question_inputs(patches, ASKED[:2])
+    assert torch.equal(visual[0], visual[1]) and prompts[0] != prompts[1]
+
+
 def test_a_wrong_combination_is_said_in_one_line(run, data, tmp_path):
     _, config, model = run
     with pytest.raises(ConfigError, match="task vqa belongs to stage 2"):

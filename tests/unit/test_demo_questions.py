@@ -114,6 +114,6 @@ def test_easy_vqa_keeps_its_answers(tmp_path, monkeypatch):
 
 @pytest.mark.assets
 def test_the_real_package(tmp_path):
-    assert write_easy_vqa(tmp_path / "easy") == {"train": 38575, "test": 9673}
+    assert write_easy_vqa(tmp_path / "easy") == {"train": 34687, "validation": 3888, "test": 9673}
     found = open_questions(SourceConfig(str(tmp_path / "easy" / "test.jsonl")))
     assert found.left_out == {} and len(set(found.records["image_id"])) == 1000

@@ -46,7 +46,8 @@ class QuestionDataset(TorchDataset):
 
     With `train` an epoch sees one of a question's answers, drawn from all that people gave, or with `answers_as`
     "weighted" each distinct one at its share of them. Otherwise every distinct answer, weighted. Pictures as in
-    `CaptionDataset`, but `features` holds each distinct picture once, in the order of `pictures`.
+    `CaptionDataset`, but `features` holds each distinct picture once, as `pictures_of` gives them. Without
+    `shows_questions` the Q-Former is given a text without words.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class QuestionDataset(TorchDataset):
         answers_as: AnswersAs = "sampled",
         seed: int = 0,
         features: FeatureReader | None = None,
+        shows_questions: bool = True,
     ) -> None:
         self.records = records
         self.tokenizer = tokenizer
@@ -70,6 +72,7 @@ class QuestionDataset(TorchDataset):
         self.answers_as = answers_as
         self.seed = seed
         self.features = features
+        self.shows_questions = shows_questions
         self.image_ids, self.first_records = distinct_pictures(records)
 
     def __len__(self) -> int:
@@ -86,7 +89,7 @@ class QuestionDataset(TorchDataset):
         except DataError as error:
             return broken_image(record["name"], error)
         return Question(
-            torch.tensor(self.instructions.encode_one(record["question"])),
+            torch.tensor(self.instructions.encode_one(record["question"] if self.shows_questions else "")),
             answers,
             int(self.image_ids[index]),
             record["name"],

@@ -51,6 +51,8 @@ class Thing:
 def write_easy_vqa(output: Path) -> dict[str, int]:
     """easy-VQA's questions as JSONL over the package's own pictures; the number of questions of each part.
 
+    The questions about the last tenth of its training pictures are held apart, as `validation`, to choose settings by.
+
     Raises:
         DataError: the package cannot be had, or `output` is there already.
     """
@@ -60,8 +62,11 @@ def write_easy_vqa(output: Path) -> dict[str, int]:
     with atomic_folder(output) as folder:
         for part in ("train", "test"):
             rows = json.loads((source / part / "questions.json").read_text(encoding="utf-8"))
-            records = [
-                {
+            pictures = 1 + max(image for _, _, image in rows)
+            records: dict[str, list[dict[str, object]]] = {}
+            for number, (question, answer, image) in enumerate(rows):
+                name = "validation" if part == "train" and image >= pictures - pictures // 10 else part
+                record = {
                     "image": str(source / part / "images" / f"{image}.png"),
                     "image_id": f"{part}-{image}",
                     "question": question,
@@ -69,9 +74,8 @@ def write_easy_vqa(output: Path) -> dict[str, int]:
                     "answers": [answer],
                     "answer_type": _easy_kind(question, answer),
                 }
-                for number, (question, answer, image) in enumerate(rows)
-            ]
-            counts[part] = _write(folder / f"{part}.jsonl", records)
+                records.setdefault(name, []).append(record)
+            counts |= {name: _write(folder / f"{name}.jsonl", some) for name, some in records.items()}
     return counts
 
 

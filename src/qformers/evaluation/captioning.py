@@ -122,6 +122,9 @@ class Captioner:
         return [language.question_template.replace("{}", question) for question in questions]
 
     def _shown(self, questions: Sequence[str]) -> Sequence[str] | None:
+        """What a Q-Former reads of questions; None: what the language model reads, or nothing."""
+        if self.language.qformer_reads == "empty":
+            return [""] * len(questions)
         return questions if self.language.qformer_reads == "question" else None
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ from qformers.errors import ConfigError
 
 PresetName = Literal["blip2", "small", "tiny", "other"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-QFormerReads = Literal["nothing", "question", "prompt"]
+QFormerReads = Literal["nothing", "question", "empty", "prompt"]
 BridgeName = Literal["qformer", "linear", "mlp", "perceiver"]
 
 
@@ -72,7 +72,8 @@ class LanguageConfig:
     """How the language model is asked: {} is the question (the paper's prompt for VQA)."""
     qformer_reads: QFormerReads = "nothing"
     """What the queries read beside the picture, as text: nothing (captioning), the question alone, so that they look
-    where it points (the paper's VQA), or all that the language model is asked (InstructBLIP)."""
+    where it points (the paper's VQA), or all that the language model is asked (InstructBLIP). empty: a text without
+    words, the control of VQA that knows no question and has as many weights to train."""
 
     def __post_init__(self) -> None:
         if self.question_template.count("{}") != 1:

@@ -328,8 +328,8 @@ def started_shape(folder: str | Path, shape: QFormerShape, qformer_reads: QForme
         )
     if qformer_reads != "nothing" and not has_text:
         raise ConfigError(
-            f"{folder}: its Q-Former has no text branch, so it cannot read a {qformer_reads}: start from a run of "
-            "stage 1, or from one of stage 2 that began with it"
+            f"{folder}: its Q-Former has no text branch, which qformer_reads {qformer_reads} needs: start from "
+            "a run of stage 1, or from one of stage 2 that began with it"
         )
     return replace(shape, has_text=has_text)
 

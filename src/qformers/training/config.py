@@ -183,9 +183,10 @@ class TrainConfig:
             raise ConfigError(f"task is {self.task!r}: must be captioning or vqa")
         if self.task == "vqa" and self.stage != 2:
             raise ConfigError("task vqa belongs to stage 2: set stage to 2")
-        if self.task == "captioning" and self.language.qformer_reads == "question":
+        if self.task == "captioning" and self.language.qformer_reads in ("question", "empty"):
             raise ConfigError(
-                "language.qformer_reads is question and task is captioning, which asks none: set task to vqa"
+                f"language.qformer_reads is {self.language.qformer_reads} and task is captioning, which asks none: "
+                "set task to vqa"
             )
         if self.model.train_vision_encoder and self.data.features is not None:
             raise ConfigError(

@@ -172,7 +172,16 @@ def _dataset(
             "language.qformer_reads is prompt, which is InstructBLIP's: training reads the question alone"
         )
     return QuestionDataset(
-        records, words, tokenizer, template, transform, train, config.data.answers_as, config.seed, features
+        records,
+        words,
+        tokenizer,
+        template,
+        transform,
+        train,
+        answers_as=config.data.answers_as,
+        seed=config.seed,
+        features=features,
+        shows_questions=config.language.qformer_reads != "empty",
     )
 
 
