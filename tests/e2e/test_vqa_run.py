@@ -19,8 +19,9 @@ from qformers.cli import main
 from qformers.data.batch import IGNORED_LABEL
 from qformers.data.config import SourceConfig
 from qformers.errors import CheckpointError, ConfigError
-from qformers.evaluation.answering import rank_answers
-from qformers.models.config import LanguageConfig
+from qformers.evaluation.answering import evaluate_vqa, rank_answers
+from qformers.evaluation.captioning import Captioner
+from qformers.models.config import GenerationSettings, LanguageConfig
 from qformers.objectives.answers import AnswerObjective
 from qformers.training.config import TrainConfig
 from qformers.training.features import precompute
@@ -192,6 +193,25 @@ def test_evaluation_scores_by_type_and_writes_a_submission(run, data, tmp_path, 
                        length_penalty=-1.0)  # fmt: skip
     assert [row["answer"] for row in answers] == by_ask
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_a_question_that_stands_there_twice_is_asked_once(run, data, tmp_path, monkeypatch):
+    _, _, model = run
+    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    doubled = [{**row, "question_id": f"{copy}-{row['question_id']}"} for copy in range(3) for row in rows]
+    path = data / "doubled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in doubled))
+    asked, answer = [], Captioner.answer
+    monkeypatch.setattr(
+        Captioner, "answer", lambda self, patches, questions, *rest: asked.extend(questions)
+        or answer(self, patches, questions, *rest),
+    )  # fmt: skip
+    once, thrice = (
+        evaluate_vqa(str(model), SourceConfig(path=str(file)), GenerationSettings(max_new_tokens=4))
+        for file in (data / "questions.jsonl", path)
+    )
+    assert len(asked) == 64  # 32 of each file
+    assert thrice.answers == once.answers * 3 and len(thrice.question_ids) == 96
 
 
 def test_ranked_answers_are_the_likeliest_candidates(run, data, tmp_path):

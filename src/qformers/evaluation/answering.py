@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -103,7 +103,8 @@ def answer_questions(
     candidates: Sequence[str] | None = None,
     features: FeatureReader | None = None,
 ) -> Answered:
-    """One answer to each question, each picture encoded once. `features` as in `QuestionDataset`.
+    """One answer to each question: a picture is encoded once, and a question about it asked once if it stands there
+    several times. `features` as in `QuestionDataset`.
 
     Questions about a picture that cannot be read are left out, counted and said in a warning.
 
@@ -114,9 +115,13 @@ def answer_questions(
         if not candidate.strip():
             raise DataError(f"candidate answer {number + 1} is empty")
     texts: list[str] = records["question"][:]
+    first: dict[tuple[str, str], int] = {}
+    pairs = zip(records["image_id"], texts, strict=True)
+    equal = [first.setdefault(pair, row) for row, pair in enumerate(pairs)]
     said: dict[int, str] = {}
     broken: list[DataError] = []
-    for rows, patches in _with_patches(captioner, records, transform, features, broken):
+    once = np.array(list(first.values()))
+    for rows, patches in _with_patches(captioner, records, once, transform, features, broken):
         asked = [texts[row] for row in rows]
         if candidates is None:
             answers = captioner.answer(patches, asked, settings, template)
@@ -124,6 +129,7 @@ def answer_questions(
             scores = rank_answers(captioner, patches, asked, candidates, template)
             answers = [candidates[int(best)] for best in scores.argmax(dim=1)]
         said |= dict(zip(rows, answers, strict=True))
+    said |= {row: said[earlier] for row, earlier in enumerate(equal) if earlier in said}
     if not said:
         raise DataError(f"none of the pictures can be read: {broken[0]}")
     if broken:
@@ -174,11 +180,12 @@ def rank_answers(
 def _with_patches(
     captioner: Captioner,
     records: datasets.Dataset,
+    asked: Int[np.ndarray, " asked"],
     transform: TransformConfig,
     features: FeatureReader | None,
     broken: list[DataError],
 ) -> Iterator[tuple[list[int], Float[Tensor, "questions patches vision_dim"]]]:
-    """Rows of questions with the patch embeddings of their pictures; unreadable pictures go into `broken`."""
+    """The rows `asked` with the patch embeddings of their pictures; unreadable pictures go into `broken`."""
     encoder = captioner.model.vision_encoder
     device = captioner.model.qformer.query_tokens.device
     places, first = distinct_pictures(records)
@@ -201,7 +208,7 @@ def _with_patches(
         stacked = torch.stack(list(read.values())).to(device)
         patches = stacked if features is not None else encoder(stacked)
         position = {picture: number for number, picture in enumerate(read)}
-        rows = np.flatnonzero(np.isin(places, list(read))).tolist()
+        rows = asked[np.isin(places[asked], list(read))].tolist()
         for chunk in range(0, len(rows), ROWS_AT_ONCE):
             of_chunk = rows[chunk : chunk + ROWS_AT_ONCE]
             yield of_chunk, patches[[position[int(places[row])] for row in of_chunk]]
