@@ -13,7 +13,7 @@ RECALLS = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 1
 
 @pytest.mark.assets
 def test_quick_demo_reports_every_method_on_held_out_pictures_and_can_be_run_again(tmp_path):
-    arguments = ["demo", "--quick", "--output", str(tmp_path / "demo")]
+    arguments = ["demo", "--quick", "--vqa", "--output", str(tmp_path / "demo")]
     assert main(arguments) == 0
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["concepts"]["candidates"] == 248
@@ -24,6 +24,13 @@ def test_quick_demo_reports_every_method_on_held_out_pictures_and_can_be_run_aga
     captions = metrics["captions"]
     assert {"cider", "bleu4", "rouge_l", "object_recall", "shuffled"} <= captions.keys()
     assert captions["shuffled"].keys() == captions.keys() - {"shuffled"}
+    questions = metrics["vqa"]
+    assert questions.keys() == {"qformer", "unconditioned", "question_only", "majority"}
+    for method in questions.values():
+        assert all(0 <= method[key] <= 1 for key in ("accuracy", "answer_type/yes/no", "answer_type/shape"))
+    trained = [questions[arm]["trained_parameters"] for arm in ("qformer", "unconditioned", "question_only")]
+    assert trained[0] == trained[1] == trained[2] > 10_000_000
+    assert 0.2 < questions["majority"]["accuracy"] < 0.6
     report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert "ridge regression" in report and "GPL-2.0" in report
     assert "http-equiv" not in report and "<script" not in report

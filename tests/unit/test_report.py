@@ -12,6 +12,8 @@ from PIL import Image
 
 from qformers.demo.plots import draw_loss, draw_recalls
 from qformers.demo.report import (
+    AnswerExample,
+    Answering,
     AttentionExample,
     CaptionExample,
     Captions,
@@ -72,6 +74,30 @@ def results() -> DemoResults:
                 CaptionExample(PICTURE, "a dog", "a dog below a tree", {"dog": True, "tree": False}),
             ],
         ),
+        answering=Answering(
+            9673,
+            ["colour", "yes/no"],
+            {
+                "reads the question": {
+                    "accuracy": 0.9434,
+                    "answer_type/colour": 0.8771,
+                    "answer_type/yes/no": 0.9876,
+                    "trained_parameters": 31660992,
+                },
+                "always “no”": {
+                    "accuracy": 0.3691,
+                    "answer_type/colour": 0.0,
+                    "answer_type/yes/no": 0.5012,
+                    "trained_parameters": 0,
+                },
+            },
+            [
+                AnswerExample(PICTURE, "what <u>colour</u> is it?", "red", "red"),
+                AnswerExample(PICTURE, "is there a circle?", "yes", "no"),
+            ],
+            400,
+            17.6,
+        ),
         skipped={"stamps": "apt-get is missing"},
         notes=["One seed."],
     )
@@ -101,6 +127,19 @@ class Page(HTMLParser):
 
 def text_of(html: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
+
+
+def test_questions_are_shown_by_type_with_right_and_wrong_answers(tmp_path):
+    html = write_report(tmp_path, results()).read_text(encoding="utf-8")
+    shown = text_of(html)
+    assert "9,673 questions" in shown and "400 steps ( 18 minutes" in shown.replace("(", "( ")
+    assert "reads the question 0.943 0.877 0.988 31,660,992" in shown
+    assert "always “no” 0.369 0.000 0.501 0" in shown
+    right, wrong = shown[shown.index("Right answers") :].split("Wrong answers")
+    assert "what &lt;u&gt;colour&lt;/u&gt; is it? “red”" in right and "true:" not in right
+    assert "is there a circle? “yes” true: no" in wrong
+    without = write_report(tmp_path, replace(results(), answering=None)).read_text(encoding="utf-8")
+    assert "<h2>Questions</h2>" in html and "<h2>Questions</h2>" not in without
 
 
 def test_the_report_is_whole_and_loads_nothing_from_elsewhere(tmp_path):

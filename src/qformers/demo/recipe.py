@@ -8,12 +8,13 @@ from typing import Literal
 
 from qformers.data.config import SourceConfig, TransformConfig
 from qformers.demo.config import DemoDataConfig
-from qformers.models.config import LanguageConfig, ModelConfig
+from qformers.models.config import LanguageConfig, ModelConfig, QFormerReads
 from qformers.objectives.config import Stage1LossConfig
 from qformers.training.config import DataConfig, OptimiserConfig, TrainConfig
 
 Size = Literal["quick", "standard", "long"]
 LanguageModelName = Literal["smollm2", "t5"]
+VQA_IMAGE_PX = 98
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class DemoSize:
     t5_steps: int
     captioning_steps: dict[LanguageModelName, int]
     captioning_batch_size: int
+    vqa_steps: int
+    vqa_test_pictures: int | None
 
 
 STANDARD = DemoSize(
@@ -45,6 +48,8 @@ STANDARD = DemoSize(
     t5_steps=600,
     captioning_steps={"smollm2": 400, "t5": 1000},  # as many minutes
     captioning_batch_size=32,
+    vqa_steps=400,
+    vqa_test_pictures=None,  # all
 )
 SIZES: dict[Size, DemoSize] = {
     "quick": DemoSize(
@@ -59,9 +64,13 @@ SIZES: dict[Size, DemoSize] = {
         t5_steps=60,
         captioning_steps={"smollm2": 8, "t5": 8},
         captioning_batch_size=16,
+        vqa_steps=6,
+        vqa_test_pictures=10,
     ),
     "standard": STANDARD,
-    "long": replace(STANDARD, steps=2000, itc_steps=1000, captioning_steps={"smollm2": 1500, "t5": 4000}),
+    "long": replace(
+        STANDARD, steps=2000, itc_steps=1000, captioning_steps={"smollm2": 1500, "t5": 4000}, vqa_steps=800
+    ),
 }
 
 
@@ -137,6 +146,41 @@ def demo_captioning_recipe(
         # The whole caption is the target: in prefix language modelling text would say a part of it.
         language=LanguageConfig(path=str(language_model), dtype="bfloat16", split_captions=False),
         data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
+        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
+        steps=steps,
+    )
+
+
+def demo_vqa_recipe(
+    size: DemoSize,
+    stage1: TrainConfig,
+    *,
+    language_model: Path,
+    source: Path,
+    features: Path,
+    output: Path,
+    reads: QFormerReads,
+) -> TrainConfig:
+    """A question-answering run of the demo: from its stage-1 run, on easy-VQA's pictures of 64 px.
+
+    Deviations from the paper as in `demo_captioning_recipe`, and the image encoder stays frozen.
+    """
+    steps = size.vqa_steps
+    return replace(
+        stage1,
+        output=str(output),
+        stage=2,
+        task="vqa",
+        start=stage1.output,
+        language=LanguageConfig(path=str(language_model), dtype="bfloat16", qformer_reads=reads),
+        data=replace(
+            stage1.data,
+            train=[SourceConfig(path=str(source))],
+            features=str(features),
+            transform=TransformConfig(image_px=VQA_IMAGE_PX, flip=False),
+            batch_size=32,
+            max_text_tokens=20,
+        ),
         optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
         steps=steps,
     )

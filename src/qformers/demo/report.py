@@ -95,6 +95,31 @@ class Captions:
 
 
 @dataclass(frozen=True)
+class AnswerExample:
+    """A picture of the test set, a question about it, what the model answers and what is true."""
+
+    picture: Image.Image
+    question: str
+    answer: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Answering:
+    """So many questions by so many types: each method's accuracies by the name shown, and examples as they are.
+
+    `methods` are as `score_answers` gives them; `steps` and `minutes` are of one training run.
+    """
+
+    questions: int
+    types: Sequence[str]
+    methods: Mapping[str, Mapping[str, float]]
+    examples: Sequence[AnswerExample]
+    steps: int
+    minutes: float
+
+
+@dataclass(frozen=True)
 class Source:
     """A package whose model, pictures or words were used. `home` is shown as text, never linked."""
 
@@ -136,6 +161,7 @@ class DemoResults:
     sources: Sequence[Source]
     captioning_loss_rows: Sequence[Mapping[str, float]] = ()
     captions: Captions | None = None
+    answering: Answering | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)  # what → why
     notes: Sequence[str] = ()
 

@@ -34,6 +34,15 @@ from qformers.demo.recipe import (
 )
 from qformers.demo.showcase import DemoRun, write_demo_report
 from qformers.demo.smollm2 import smollm2_folder
+from qformers.demo.vqa import (
+    ARMS,
+    DemoAnswers,
+    answer_arm,
+    gather_answers,
+    prepare_questions,
+    train_arm,
+    training_phase,
+)
 from qformers.evaluation.retrieval import chance_metrics, retrieval_metrics
 from qformers.evaluation.run import Reranking, RetrievalScores, score_retrieval
 from qformers.models.saving import load_model
@@ -51,7 +60,7 @@ class Stopwatch:
     Phases that go on where they stopped add to what they took before; the others are done again, whole.
     """
 
-    GO_ON = ("fetch", "data", "features", "train", "language_model", "train_captioner")
+    GO_ON = ("fetch", "data", "features", "train", "language_model", "train_captioner", *map(training_phase, ARMS))
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,11 +80,18 @@ class Stopwatch:
 
 
 def run_demo(
-    output: Path, size: Size = "standard", seed: int = 0, language_model: LanguageModelName = "t5"
+    output: Path,
+    size: Size = "standard",
+    seed: int = 0,
+    language_model: LanguageModelName = "t5",
+    vqa: bool = False,
 ) -> dict[str, Any]:
     """Train a Q-Former on real pictures, set it beside a ridge regression, then let a language model speak for it.
 
     Finished phases found in `output` are not repeated, so the same command resumes an interrupted demo.
+
+    Args:
+        vqa: train and compare on easy-VQA's questions too.
 
     Returns:
         What metrics.json holds.
@@ -88,7 +104,7 @@ def run_demo(
     watch = Stopwatch(output / "seconds.json")
     with watch.phase("fetch", "pretrained models and pictures (once; kept in the cache)"):
         encoder, text_encoder = dinov2_folder(), minilm_folder()
-        speaker = smollm2_folder() if language_model == "smollm2" else None
+        smollm2 = smollm2_folder() if vqa or language_model == "smollm2" else None
         folders, skipped = fetch_pictures()
     with watch.phase("data", "emoji, stamps and composed scenes, split by concept"):
         data = build_demo_dataset(folders, output / "data", replace(sizes.data, seed=seed))
@@ -111,6 +127,7 @@ def run_demo(
     with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
         ridge = _ridge(datasets, stores, text_encoder)
     result, scores = _stage1(sizes, recipes["train"], datasets, watch)
+    speaker = smollm2 if language_model == "smollm2" else None
     speaker = speaker or _caption_t5(data, text_encoder, output, seed, sizes.t5_steps, watch)
     captioning = demo_captioning_recipe(
         sizes,
@@ -122,12 +139,17 @@ def run_demo(
     captions = _stage2(captioning, datasets["held_out_scenes"], data, watch)
     metrics: dict[str, Any] = {kind: _table(scores[kind], ridge[kind]) for kind in EVALUATED}
     metrics["captions"] = captions.metrics()
+    answers = None
+    if vqa:
+        assert smollm2 is not None
+        answers = _vqa(sizes, recipes["train"], smollm2, output / "vqa", watch)
+        metrics["vqa"] = answers.metrics()
     demo = DemoRun(
         output, size, sizes, seed, data, recipes["train"], result, captioning, metrics, skipped, sorted(folders)
     )
     with watch.phase("report", "report.html and metrics.json"):
         shown = {kind: _dataset(recipes[f"held_out_{kind}"], None) for kind in EVALUATED}
-        write_demo_report(demo, scores, captions, shown, watch.seconds)
+        write_demo_report(demo, scores, captions, answers, shown, watch.seconds)
     metrics["seconds"] = {name: round(seconds, 1) for name, seconds in watch.seconds.items()}
     metrics["settings"] = {"size": size, "seed": seed, "steps": sizes.steps, "cores": os.cpu_count()}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -156,6 +178,19 @@ def _stage2(recipe: TrainConfig, scenes: CaptionDataset, data: DemoData, watch: 
     with watch.phase("caption", "held-out scenes, each also by another scene's visual prompts"):
         rows = [json.loads(line) for line in data.records("held_out_scenes").read_text(encoding="utf-8").splitlines()]
         return caption_held_out_scenes(result, scenes, [[thing["name"] for thing in row["objects"]] for row in rows])
+
+
+def _vqa(sizes: DemoSize, stage1: TrainConfig, language_model: Path, folder: Path, watch: Stopwatch) -> DemoAnswers:
+    """easy-VQA by the Q-Former that reads the question and by its controls, each trained alike."""
+    with watch.phase("questions", "easy-VQA, from its package"):
+        prepare_questions(folder, sizes)
+    answers = {}
+    for arm in ARMS:
+        with watch.phase(training_phase(arm), f"{sizes.vqa_steps} steps on questions, {ARMS[arm].title}"):
+            recipe = train_arm(folder, sizes, stage1, language_model, arm)
+        with watch.phase(f"answer_vqa_{arm}", "the test set's questions"):
+            answers[arm] = answer_arm(folder, recipe, arm)
+    return gather_answers(folder, answers)
 
 
 def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, steps: int, watch: Stopwatch) -> Path:

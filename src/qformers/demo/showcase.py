@@ -22,6 +22,8 @@ from qformers.demo.captions import DemoCaptions
 from qformers.demo.dataset import DemoData
 from qformers.demo.recipe import DemoSize, Size
 from qformers.demo.report import (
+    AnswerExample,
+    Answering,
     AttentionExample,
     CaptionExample,
     Captions,
@@ -33,6 +35,7 @@ from qformers.demo.report import (
     Training,
     write_report,
 )
+from qformers.demo.vqa import ARMS, DemoAnswers, training_phase
 from qformers.evaluation.run import RetrievalScores
 from qformers.predictor import Predictor, load
 from qformers.training.config import TrainConfig
@@ -50,6 +53,7 @@ USED_FOR = {
     "google": "emoji pictures, second vendor",
     "tuxpaint": "stamps with captions, cut-outs of scenes",
     "gcompris": "photographs behind the scenes",
+    "easy-vqa": "pictures with questions",
 }
 HELD_OUT = {
     "concepts": "Emoji whose concept appears in no training picture, of no vendor, alone or in a scene.",
@@ -85,6 +89,7 @@ def write_demo_report(
     demo: DemoRun,
     scores: Mapping[str, RetrievalScores],
     captions: DemoCaptions,
+    answers: DemoAnswers | None,
     held_out: Mapping[str, CaptionDataset],
     seconds: Mapping[str, float],
 ) -> None:
@@ -93,7 +98,10 @@ def write_demo_report(
     rows = [_rows(Path(run.output)) for run in (recipe, demo.captioning)]
     model = load(demo.result.model)
     counts = demo.data.counts
-    flags = {"quick": " --quick", "standard": "", "long": " --long"}[demo.size]
+    flags = {"quick": " --quick", "standard": "", "long": " --long"}[demo.size] + ("" if answers is None else " --vqa")
+    used = {"dinov2-onnx", "minilm", *demo.pictures} | (set() if answers is None else {"smollm2", "easy-vqa"})
+    if "smollm2" in Path(demo.captioning.output).name:
+        used.add("smollm2")
     write_report(
         demo.output,
         DemoResults(
@@ -125,6 +133,7 @@ def write_demo_report(
                 for kind in scores
             ],
             captions=_captions(captions, held_out["scenes"], demo),
+            answering=None if answers is None else _answering(answers, demo, seconds),
             attention=_attention(model, held_out["scenes"]),
             seconds=seconds,
             settings=flat_settings(asdict(recipe)),
@@ -135,16 +144,12 @@ def write_demo_report(
             sources=[
                 Source(ASSETS[key].name, ASSETS[key].version, ASSETS[key].licence, ASSETS[key].home, used_for)
                 for key, used_for in USED_FOR.items()
-                if key in ("dinov2-onnx", "minilm") or key in demo.pictures or _speaks(demo, key)
+                if key in used
             ],
             skipped=demo.skipped,
             notes=["One seed: repeat with --seed 1, 2, … for the spread."],
         ),
     )
-
-
-def _speaks(demo: DemoRun, key: str) -> bool:
-    return key == "smollm2" and "smollm2" in Path(demo.captioning.output).name
 
 
 def _rows(run: Path) -> list[dict[str, float]]:
@@ -170,6 +175,30 @@ def _captions(captions: DemoCaptions, dataset: CaptionDataset, demo: DemoRun) ->
         len(captions.objects),
         {"Q-Former + language model": own, "prompts of another scene": found["shuffled"]},
         examples,
+    )
+
+
+def _answering(answers: DemoAnswers, demo: DemoRun, seconds: Mapping[str, float]) -> Answering:
+    """The figures, and questions drawn by seed: half of them answered right, half not."""
+    said = answers.arms["qformer"].answers
+    wrong = np.array([1 + (answer not in row["answers"]) for answer, row in zip(said, answers.rows, strict=True)])
+    metrics = demo.metrics["vqa"]
+    titles = {name: arm.title for name, arm in ARMS.items()} | {"majority": f"always “{answers.majority}”"}
+    return Answering(
+        questions=len(said),
+        types=sorted({row["answer_type"] for row in answers.rows}),
+        methods={title: metrics[name] for name, title in titles.items()},
+        examples=[
+            AnswerExample(
+                load_image(answers.rows[row]["image"]),
+                answers.rows[row]["question"],
+                said[row],
+                answers.rows[row]["answers"][0],
+            )
+            for row in _half_and_half(wrong, demo.seed)
+        ],
+        steps=demo.sizes.vqa_steps,
+        minutes=seconds[training_phase("qformer")] / 60,
     )
 
 
