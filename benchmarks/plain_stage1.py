@@ -62,7 +62,7 @@ def plain_losses(
     sees = torch.cat([causal.new_ones(batch, tokens, queries.shape[1]), causal], dim=2)
     generative = model.qformer.text_embeddings(model.with_dec(input_ids))
     _, outputs, _ = run_blocks(model, None, generative, additive(sees[:, None]), None, cache)
-    vocabulary = model.token_logits(outputs)
+    vocabulary = model.token_logits(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
     next_ids = input_ids[:, 1:].masked_fill(~attention_mask[:, 1:], IGNORED_LABEL)
     itg = F.cross_entropy(vocabulary[:, :-1].flatten(0, 1), next_ids.flatten(), label_smoothing=0.1)
     return {"itc": itc, "itm": itm, "itg": itg}

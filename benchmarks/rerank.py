@@ -4,28 +4,23 @@ The loop does for each pair what the authors' code does: project the image to ke
 35 tokens. `per_image_batch` is their loop with all texts of an image as one batch, the image repeated.
 
 The least work there is: an image's keys and values once, and for each pair what the queries and the real tokens need.
-`flops.limit_ratio` is the plain loop's products over that; `peak_fraction` is our rate over the rate of one large
-product measured here. `memory_ratio` is the peak of our tensors over that of `per_image_batch`.
+`least_flops` counts that. `memory_ratio` is the peak of our tensors over that of `per_image_batch`. `curves` has the
+cost of one image with 1 to 32 texts.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
+from full_size import PATCHES, VISION_DIM, GivenFeatures, captions, stage1_model
+from measure import Result, flops, machine, peak_bytes, peak_fraction, spread, timed
 from plain_stage1 import plain_match_logits
-from stage1_step import PATCHES, VISION_DIM, VOCABULARY, GivenFeatures, flops
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qformers.evaluation.scoring import match_logits
-from qformers.models.config import ModelConfig
-from qformers.models.presets import build_stage1
 from qformers.models.stage1 import Stage1Model
 
 IMAGES, TEXTS_PER_IMAGE, PADDED_TOKENS = 2, 16, 35
@@ -33,15 +28,12 @@ REPETITIONS = 3
 TOLERANCE = 1e-5
 
 
-def run() -> dict[str, object]:
+def run() -> Result:
     """Times the loops in turn on the same weights and pairs, and compares their scores."""
     torch.manual_seed(0)
-    config = ModelConfig(start_from_text_encoder=False, dropout=0.0, attention_dropout=0.0)
-    model = build_stage1(config, VOCABULARY, GivenFeatures()).eval().requires_grad_(False)
+    model = stage1_model(GivenFeatures()).eval().requires_grad_(False)
     texts = IMAGES * TEXTS_PER_IMAGE
-    lengths = torch.randint(9, 15, (texts,))  # COCO captions, with [CLS] and [SEP]
-    input_ids = torch.randint(1000, VOCABULARY - 1, (texts, PADDED_TOKENS))
-    attention_mask = torch.arange(PADDED_TOKENS)[None, :] < lengths[:, None]
+    input_ids, attention_mask = captions(texts, padded=PADDED_TOKENS)
     patches = torch.randn(IMAGES, PATCHES, VISION_DIM)
     pairs = (np.repeat(np.arange(IMAGES), TEXTS_PER_IMAGE), np.random.default_rng(0).permutation(texts))
 
@@ -58,30 +50,43 @@ def run() -> dict[str, object]:
     if difference > TOLERANCE:
         raise SystemExit(f"scores differ by {difference}, the limit is {TOLERANCE}")
     names = ("ours", "per_pair", "per_image_batch")
-    times = [[seconds(loop) for loop in (ours, per_pair, per_image_batch)] for _ in range(REPETITIONS)]
-    ratios, batch_ratios = ([row[column] / row[0] for row in times] for column in (1, 2))
-    own_seconds = median(row[0] for row in times)
+    times = [[timed(loop) for loop in (ours, per_pair, per_image_batch)] for _ in range(REPETITIONS)]
     work, plain_work = flops(ours), flops(per_pair)
-    limit = least_flops(model, patches, lengths)
+    limit = least_flops(model, patches, attention_mask.sum(dim=1))
     return {
-        "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
-        "ratio_per_image_batch": {"median": median(batch_ratios), "min": min(batch_ratios), "max": max(batch_ratios)},
-        "pairs_per_second": {name: texts / median(row[column] for row in times) for column, name in enumerate(names)},
-        "memory_ratio": peak_bytes(ours) / peak_bytes(per_image_batch),
-        "flops": {
-            "ours": work,
-            "plain": plain_work,
-            "least": limit,
-            "ratio": plain_work / work,
-            "limit_ratio": plain_work / limit,
+        "ratio": spread([row[1][0] / row[0][0] for row in times]),
+        "cpu_ratio": spread([row[1][1] / row[0][1] for row in times]),
+        "ratio_per_image_batch": spread([row[2][0] / row[0][0] for row in times]),
+        "pairs_per_second": {
+            name: texts / median(row[column][0] for row in times) for column, name in enumerate(names)
         },
-        "peak_fraction": work / own_seconds / peak_flops_per_second(),
+        "memory_ratio": peak_bytes(ours) / peak_bytes(per_image_batch),
+        "flops": work,
+        "peer_flops": plain_work,
+        "least_flops": limit,
+        "peak_fraction": peak_fraction(work, median(row[0][1] for row in times), torch.float32),
         "largest_difference": difference,
+        "curves": linear_in_pairs(model, patches, input_ids, attention_mask),
         "pairs": texts,
         "texts_per_image": TEXTS_PER_IMAGE,
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-        "dtype": "float32",
+        **machine(torch.float32),
+    }
+
+
+def linear_in_pairs(model: Stage1Model, patches: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Result:
+    """Work and processor time of one image with more and more texts: the image's part is paid once."""
+    texts_of_one = (1, 2, 4, 8, 16, 32)
+    work, seconds, plain = [], [], []
+    for texts in texts_of_one:
+        pairs = np.zeros(texts, dtype=np.int64), np.arange(texts)
+        ours = partial(match_logits, model, lambda rows: patches[rows], (input_ids, attention_mask), pairs)
+        work.append(flops(ours) / 1e9)
+        seconds.append(min(timed(ours)[1] for _ in range(REPETITIONS)))
+        plain.append(flops(partial(plain_loop, model, patches, input_ids, attention_mask, pairs, texts)) / 1e9)
+    return {
+        "x": ["texts scored with one image", list(texts_of_one)],
+        "GFLOP": {"ours": work, "plain": plain},
+        "processor seconds": {"ours": seconds},
     }
 
 
@@ -111,45 +116,3 @@ def least_flops(model: Stage1Model, patches: Tensor, lengths: Tensor) -> int:
         ids, mask = torch.full((1, int(length)), 1000), torch.ones(1, int(length), dtype=torch.bool)
         work += int(count) * flops(lambda: model.match_logits([memory], ids, mask))  # noqa: B023, called at once
     return work
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        made = function(*arguments, **(keywords or {}))
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)
-        }
-        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in given:
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return made
-
-
-def peak_bytes(loop: Callable[[], Tensor]) -> int:
-    """Of all tensors that `loop` makes."""
-    with PeakBytes() as counted:
-        loop()
-    return counted.peak
-
-
-def seconds(loop: Callable[[], Tensor]) -> float:
-    """How long `loop` takes."""
-    start = time.perf_counter()
-    loop()
-    return time.perf_counter() - start
-
-
-def peak_flops_per_second(side: int = 2048) -> float:
-    """Products and sums a second of one large matrix product, the best of three."""
-    left, right = torch.randn(2, side, side)
-    torch.mm(left, right)
-    return 2 * side**3 / min(seconds(lambda: torch.mm(left, right)) for _ in range(3))

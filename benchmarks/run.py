@@ -1,4 +1,4 @@
-"""Run benchmarks: `python benchmarks/run.py [NAME] --output DIR` writes DIR/NAME.json and prints the ratios.
+"""Run benchmarks: `python benchmarks/run.py [NAME] --output DIR` writes DIR/NAME.json and .png and prints the ratios.
 
 A ratio is the peer's time divided by ours, both measured in turn in this run: above 1, we are faster.
 """
@@ -8,18 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import attention
 import loading
 import rerank
 import stage1_step
+from plots import draw
 
-BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
+BENCHMARKS: dict[str, Callable[[], dict]] = {
     "attention": attention.run,
     "loading": loading.run,
     "rerank": rerank.run,
-    "stage1_step": stage1_step.run,
+    **{name: partial(stage1_step.run, case) for name, case in stage1_step.CASES.items()},
 }
 
 
@@ -33,8 +35,22 @@ def main() -> None:
     for name in [options.name] if options.name else sorted(BENCHMARKS):
         result = BENCHMARKS[name]()
         (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        ratio = result["ratio"]
-        print(f"{name}: {ratio['median']:.2f} x the peer's speed ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        draw(name, result, options.output / f"{name}.png")
+        print(summary(name, result), flush=True)
+
+
+def summary(name: str, result: dict) -> str:
+    """One line: the ratio and its spread, and what else there is of memory, work and peak."""
+    parts = []
+    if ratio := result.get("ratio"):
+        parts.append(f"{ratio['median']:.2f} x the peer's speed ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    if "memory_ratio" in result:
+        parts.append(f"{result['memory_ratio']:.2f} x its memory")
+    if "flops" in result:
+        parts.append(f"{result['flops'] / 1e9:.0f} GFLOP")
+    if "peak_fraction" in result:
+        parts.append(f"{result['peak_fraction']:.0%} of this machine's matrix speed")
+    return f"{name}: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

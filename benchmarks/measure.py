@@ -1,0 +1,120 @@
+"""What every benchmark measures with: ours and the peer in turn, FLOPs, memory, and what the machine could do."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+Work = Callable[[], Any]
+Result = dict[str, Any]
+
+
+def alternate(ours: Work, peer: Work, repetitions: int, warm_up: int = 1) -> Result:
+    """Both in turn, `repetitions` times after `warm_up`: the ratios peer / ours, above 1 where we are faster.
+
+    `ratio` is of the clock. `cpu_ratio` is of processor time of all threads: beside other work the steadier one.
+    """
+    rows = [(timed(ours), timed(peer)) for _ in range(warm_up + repetitions)][warm_up:]
+    return {
+        "ratio": spread([theirs[0] / own[0] for own, theirs in rows]),
+        "cpu_ratio": spread([theirs[1] / own[1] for own, theirs in rows]),
+        "seconds": {"ours": median(own[0] for own, _ in rows), "peer": median(theirs[0] for _, theirs in rows)},
+        "cpu_seconds": {"ours": median(own[1] for own, _ in rows), "peer": median(theirs[1] for _, theirs in rows)},
+        "repetitions": repetitions,
+    }
+
+
+def timed(work: Work) -> tuple[float, float]:
+    """Seconds by the clock, and of processor time."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def machine(dtype: torch.dtype) -> Result:
+    """Where it was measured."""
+    return {
+        "device": "cpu",
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def flops(work: Work) -> int:
+    """Products and sums of matrix products and attention, by torch's counter, of all passes that `work` runs."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak_fraction(work_flops: float, cpu_seconds: float, dtype: torch.dtype, side: int = 2048) -> float:
+    """The share that was reached of this machine's speed in one large matrix product in `dtype`, the best of five.
+
+    Both by processor time, which other work on the machine hardly changes; threads waiting for each other take it too.
+    """
+    left, right = torch.randn(2, side, side).to(dtype)
+    torch.mm(left, right)
+    fastest = 2 * side**3 / min(timed(lambda: torch.mm(left, right))[1] for _ in range(5))
+    return work_flops / cpu_seconds / fastest
+
+
+def saved_bytes(model: nn.Module, forward: Work) -> int:
+    """Bytes that `forward` keeps for the backward pass, each storage once and without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept_alive = forward()
+    del kept_alive
+    return sum(storages.values())
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)
+        }
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in given:
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return made
+
+
+def peak_bytes(work: Work) -> int:
+    """Of all tensors that `work` makes."""
+    with PeakBytes() as counted:
+        work()
+    return counted.peak
