@@ -103,7 +103,7 @@ def test_question_is_answered_by_enter(page, toy_models):
     box = page.get_by_label("Question")
     box.fill("the cat sits on")
     box.press("Enter")
-    expected = qformers.load(toy_models.speaker).caption(toy_models.picture(1), "Question: the cat sits on Answer:")[0]
+    expected = qformers.load(toy_models.speaker).ask(toy_models.picture(1), "the cat sits on")[0]
     expect(page.locator("#qf-ask-answer .qf-said")).to_have_text(expected)
     assert min(red(page, "#qf-ask-answer .qf-overlay")) > 100
 

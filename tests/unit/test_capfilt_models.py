@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from toy_capfilt import SAMPLING, save_toy_captioner, save_toy_ranker, write_toy_capfilt
 from transformers import AutoTokenizer
 
@@ -15,6 +14,7 @@ from qformers.capfilt.captioner import open_captioner
 from qformers.capfilt.config import SamplingConfig
 from qformers.capfilt.ranker import OwnRanker, open_ranker
 from qformers.capfilt.stages import open_judge, open_models
+from qformers.data.images import load_image
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.sampling import draws_for
 
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(data):
-    return [Image.open(data / f"{number}.png") for number in range(4)]
+    return [load_image(data / f"{number}.png") for number in range(4)]
 
 
 @pytest.mark.parametrize("kind", ["ours", "blip", "git", "vit-gpt2"])
