@@ -12,16 +12,20 @@ from functools import partial
 from pathlib import Path
 
 import attention
+import captioning
 import loading
 import rerank
 import stage1_step
+import stage2_step
 from plots import draw
 
 BENCHMARKS: dict[str, Callable[[], dict]] = {
     "attention": attention.run,
+    **{name: partial(captioning.run, *case) for name, case in captioning.CASES.items()},
     "loading": loading.run,
     "rerank": rerank.run,
     **{name: partial(stage1_step.run, case) for name, case in stage1_step.CASES.items()},
+    "stage2_step": partial(stage2_step.run, 16),
 }
 
 

@@ -85,6 +85,34 @@ def test_generation_obeys_its_limits():
     assert drawn.shape[0] == 8
 
 
+@pytest.mark.parametrize("family", ["opt", "gemma3"])
+@pytest.mark.parametrize("way", ["beams", "samples", "drawn samples"])
+def test_a_picture_is_read_once_for_all_its_beams_and_samples(family, way):
+    model, rows, each, new_tokens = toy_stage2(family).eval().language_model, 2, 4, 3
+    places = []
+    model.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: places.append(ids[0].numel()))
+    model.model.register_forward_pre_hook(
+        lambda _, given, named: (
+            places.append(named["inputs_embeds"].shape[:2].numel()) if named.get("inputs_embeds") is not None else None
+        ),
+        with_kwargs=True,
+    )
+    if way == "beams":
+        settings = GenerationSettings(max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_beams=each)
+    else:
+        settings = GenerationSettings(
+            max_new_tokens=new_tokens, min_new_tokens=new_tokens, top_p=0.9, num_return_sequences=each
+        )
+    draws = torch.rand(rows, each, new_tokens) if way == "drawn samples" else None
+    ids, mask = toy_prompts([[4, 5, 6], [7]])
+    prompts = torch.randn(rows, 8, model.dim)
+    answers = model.generate(prompts, ids, mask, settings, draws=draws)
+    assert answers.shape == (rows * (1 if way == "beams" else each), new_tokens)
+    read = rows * (8 + 3)
+    # The words of the prompt are looked up, everything but its last place is read, and then one token of each answer.
+    assert sum(places) <= ids.numel() + (read - rows) + rows * each * new_tokens
+
+
 def test_a_model_that_fills_gaps_is_no_decoder(tmp_path):
     BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="bert fills gaps and does not go on from a text"):

@@ -12,7 +12,7 @@ from stage1_step import FULL_LENGTH, Case, Sides, agree, both_sides, step
 
 CASES = {"coco": Case(batch=3, eighth=True), "full length": Case(batch=3, eighth=True, tokens=FULL_LENGTH)}
 # Work at least so many times smaller, memory at most this share: the counts of this code and little more.
-BOUNDS = {"coco": (2.1, 0.43), "full length": (1.55, 0.58)}
+BOUNDS = {"coco": (1.95, 0.4), "full length": (1.32, 0.57)}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -35,6 +35,8 @@ class ImageMemory:
 
     def first(self, images: int) -> ImageMemory:
         """The memory of the first so many images (a view, not a copy)."""
+        if images == self.keys[0].shape[0]:
+            return self
         return ImageMemory(
             keys=tuple(key[:images] for key in self.keys), values=tuple(value[:images] for value in self.values)
         )
@@ -80,10 +82,11 @@ class SelfAttention(nn.Module):
             ).unbind(0)
         else:
             dim = hidden.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            query = split_heads(F.linear(hidden.index_select(1, reads), weight[:dim], bias[:dim]), self.heads)
+            query_weight, kv_weight = self.qkv.weight.split([dim, 2 * dim])
+            query_bias, kv_bias = self.qkv.bias.split([dim, 2 * dim])
+            query = split_heads(F.linear(hidden.index_select(1, reads), query_weight, query_bias), self.heads)
             key, value = rearrange(
-                F.linear(hidden, weight[dim:], bias[dim:]),
+                F.linear(hidden, kv_weight, kv_bias),
                 "rows length (two heads d) -> two rows heads length d",
                 two=2,
                 heads=self.heads,

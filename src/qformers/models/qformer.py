@@ -28,7 +28,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden_dim)
         self.down = nn.Linear(hidden_dim, dim)
 
-    def forward(self, hidden: Float[Tensor, "rows length dim"]) -> Float[Tensor, "rows length dim"]:
+    def forward(self, hidden: Float[Tensor, "*places dim"]) -> Float[Tensor, "*places dim"]:
         return self.down(F.gelu(self.up(hidden)))
 
 
@@ -79,6 +79,7 @@ class Block(nn.Module):
         mask: Bool[Tensor, "rows 1 length length"] | None,
         memories: Sequence[tuple[Tensor, Tensor, int]],
         text_reads: Int[Tensor, " reads"] | None,
+        real: Int[Tensor, " real"] | None,
     ) -> tuple[Float[Tensor, "rows queries dim"], Float[Tensor, "rows text_outputs dim"]]:
         num_queries = queries.shape[1]
         hidden = torch.cat([queries, text], dim=1)
@@ -89,13 +90,20 @@ class Block(nn.Module):
         attended = self.dropout(self.self_attention(hidden, mask, reads))
         residual = hidden if reads is None else hidden.index_select(1, reads)
         hidden = self.self_attention_norm(residual + attended)
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        queries, text = split_text(hidden, num_queries)
         if self.cross_attention is not None and self.cross_attention_norm is not None and num_queries:
             read = self.dropout(self.cross_attention(queries, memories))
             queries = self.cross_attention_norm(queries + read)
         queries = self.query_ffn_norm(queries + self.dropout(self.query_ffn(queries)))
-        text = self.text_ffn_norm(text + self.dropout(self.text_ffn(text)))
-        return queries, text
+        if real is None:
+            return queries, self._text_layer(text)
+        computed = self._text_layer(text.flatten(0, 1).index_select(0, real))
+        padded = computed.new_zeros(text.shape).flatten(0, 1).index_copy(0, real, computed)
+        return queries, padded.view(text.shape)
+
+    def _text_layer(self, text: Float[Tensor, "*places dim"]) -> Float[Tensor, "*places dim"]:
+        """The text's feed-forward and its norm, which look at each token alone."""
+        return self.text_ffn_norm(text + self.dropout(self.text_ffn(text)))
 
 
 class TextEmbeddings(nn.Module):
@@ -183,14 +191,15 @@ class QFormer(nn.Module):
             mask: one of `masks.py`; None lets everything attend to everything.
             memories: the images that the rows read, in row order; empty when there are no queries.
             text_reads: text positions whose last outputs are wanted (None: all). The last block computes no
-                others, since nothing after it reads them.
+                others, since nothing after it reads them. Of padding the outputs mean nothing.
 
         Returns:
             Last hidden states of the queries, and of the text positions asked for.
         """
         hidden = self.dropout(self.embedding_norm(torch.cat([queries, text], dim=1)))
-        num_queries = queries.shape[1]
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        queries, text = split_text(hidden, queries.shape[1])
+        tokens = None if mask is None else _hold_tokens(mask, queries.shape[1])
+        real = _without_padding(tokens)
         cross_blocks = 0
         for number, block in enumerate(self.blocks):
             layer_memories = []
@@ -200,6 +209,34 @@ class QFormer(nn.Module):
                     for memory in memories
                 ]
                 cross_blocks += 1
-            is_last = number == len(self.blocks) - 1
-            queries, text = block(queries, text, mask, layer_memories, text_reads if is_last else None)
+            reads = text_reads if number == len(self.blocks) - 1 else None
+            if reads is not None and tokens is not None:
+                real = _without_padding(tokens.index_select(1, reads))
+            queries, text = block(queries, text, mask, layer_memories, reads, real)
         return queries, text
+
+
+def split_text(
+    hidden: Float[Tensor, "rows length dim"], num_queries: int
+) -> tuple[Float[Tensor, "rows queries dim"], Float[Tensor, "rows tokens dim"]]:
+    """Queries and text of [queries ; text].
+
+    Two slices would each leave a gradient of the whole length, mostly zeros, to be added to the other's.
+    """
+    queries, text = hidden.split([num_queries, hidden.shape[1] - num_queries], dim=1)
+    return queries, text
+
+
+def _hold_tokens(mask: Bool[Tensor, "rows 1 length length"], num_queries: int) -> Bool[Tensor, "rows tokens"]:
+    """Which places of the text are not padding: under every mask a token sees itself."""
+    return mask[:, 0].diagonal(dim1=1, dim2=2)[:, num_queries:]
+
+
+def _without_padding(tokens: Bool[Tensor, "rows tokens"] | None) -> Int[Tensor, " real"] | None:
+    """The places of all tokens in the flattened text; None where every place is computed, padding or not.
+
+    That is without padding, and off a CPU, where to count tokens is to wait for the device, or to compile anew.
+    """
+    if tokens is None or tokens.device.type != "cpu" or torch.compiler.is_compiling() or bool(tokens.all()):
+        return None
+    return tokens.flatten().nonzero()[:, 0]
