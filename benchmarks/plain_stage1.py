@@ -35,7 +35,7 @@ def plain_losses(
     _, text_outputs, _ = run_blocks(model, None, text, additive(attention_mask[:, None, None, :]), None)
     text_features = F.normalize(model.text_projection(text_outputs[:, 0]), dim=-1)
     similarity = torch.einsum("iqd,td->itq", image_features, text_features).amax(dim=-1)
-    targets = torch.arange(batch)
+    targets = torch.arange(batch, device=patch_embeds.device)
     itc = sum(
         F.cross_entropy(scores / model.temperature, targets, label_smoothing=0.1) / 2
         for scores in (similarity, similarity.T)
@@ -55,10 +55,10 @@ def plain_losses(
         torch.cat([patches, wrong_images, patches]),
     )
     logits = model.itm_head(pair_outputs).mean(dim=1)
-    labels = torch.cat([torch.ones(batch, dtype=torch.long), torch.zeros(2 * batch, dtype=torch.long)])
+    labels = torch.cat([torch.ones_like(targets), torch.zeros_like(targets), torch.zeros_like(targets)])
     itm = F.cross_entropy(logits, labels)
 
-    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril() & attention_mask[:, None, :]
+    causal = attention_mask.new_ones(tokens, tokens).tril() & attention_mask[:, None, :]
     sees = torch.cat([causal.new_ones(batch, tokens, queries.shape[1]), causal], dim=2)
     generative = model.qformer.text_embeddings(model.with_dec(input_ids))
     _, outputs, _ = run_blocks(model, None, generative, additive(sees[:, None]), None, cache)
@@ -132,4 +132,4 @@ def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
 
 def additive(visible: Tensor) -> Tensor:
     """0 where visible, a very large negative number elsewhere."""
-    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, torch.finfo(torch.float32).min)

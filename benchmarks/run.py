@@ -13,19 +13,25 @@ from pathlib import Path
 
 import attention
 import captioning
+import feature_extraction
+import growth
 import loading
 import rerank
 import stage1_step
 import stage2_step
+import start_up
 from plots import draw
 
 BENCHMARKS: dict[str, Callable[[], dict]] = {
     "attention": attention.run,
     **{name: partial(captioning.run, *case) for name, case in captioning.CASES.items()},
+    "feature_extraction": feature_extraction.run,
+    **{name: partial(growth.run, name) for name in growth.CURVES},
     "loading": loading.run,
     "rerank": rerank.run,
     **{name: partial(stage1_step.run, case) for name, case in stage1_step.CASES.items()},
     "stage2_step": partial(stage2_step.run, 16),
+    "start_up": start_up.run,
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.initialization import no_init_weights
 
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.card import Provenance, model_card
@@ -226,8 +227,9 @@ def describe_model(
     return description
 
 
+@no_init_weights()
 def build_described(description: dict[str, Any], speaker: LanguageModel | None) -> Stage1Model | Stage2Model:
-    """The model that `describe_model` describes, its weights random; `speaker` is a stage-2 model's language model."""
+    """The model that `describe_model` describes, its weights to be filled; `speaker` is stage 2's language model."""
     config = ModelConfig(**description["model"])
     encoder = VisionEncoder.from_description(description["vision"])
     # The weights come from the file: nothing is fetched from where training started.
