@@ -113,6 +113,19 @@ def test_a_picture_is_read_once_for_all_its_beams_and_samples(family, way):
     assert sum(places) <= ids.numel() + (read - rows) + rows * each * new_tokens
 
 
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_the_vocabulary_head_gets_its_places_in_one_piece(family):
+    model = toy_language_model(family)
+    pieces: list[bool] = []
+    # A hook added later is called later: it sees what the head gets.
+    model.model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, arguments: pieces.append(arguments[0].is_contiguous())
+    )
+    ids, mask = toy_prompts([[4, 5, 6], [7], [8, 9]])
+    model.generate(torch.randn(3, 4, model.dim), ids, mask, GenerationSettings(max_new_tokens=3))
+    assert pieces and all(pieces)
+
+
 def test_a_model_that_fills_gaps_is_no_decoder(tmp_path):
     BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="bert fills gaps and does not go on from a text"):

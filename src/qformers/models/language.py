@@ -67,6 +67,8 @@ class LanguageModel(nn.Module):
         # A checkpoint's own habits (BART's forbidden repetitions, a chat model's sampling) would apply unasked.
         plain = GenerationConfig(decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None))
         self.model.generation_config = plain
+        if (head := self.model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_contiguous)
         freeze(self, "language_model")
 
     @property
@@ -246,6 +248,15 @@ class LanguageModel(nn.Module):
         embeds = torch.cat([visual_prompts.to(self.dtype), self.embed(input_ids).to(self.dtype)], dim=1)
         seen = attention_mask.new_ones(visual_prompts.shape[:2])
         return embeds, torch.cat([seen, attention_mask], dim=1)
+
+
+def _contiguous(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward hook of the vocabulary head. Before the first new token it gets a slice, each row's last place.
+
+    PyTorch multiplies such a slice row by row: on a CPU ten times slower in float32, hundreds of times in bfloat16.
+    """
+    hidden, *others = arguments
+    return hidden.contiguous(), *others
 
 
 def _padded_left(
