@@ -248,3 +248,31 @@ def test_half_precision_runs_and_keeps_features_and_logits_in_fp32():
     assert image.image_features.dtype == text_features.dtype == torch.float32
     torch.testing.assert_close(image.image_features, exact.image.image_features, atol=0.1, rtol=0)
     torch.testing.assert_close(text_features, exact.text_features, atol=0.1, rtol=0)
+
+
+def test_without_itg_its_work_is_not_done_and_the_other_losses_are_the_same(monkeypatch):
+    model, batch = tiny_stage1().double(), random_batch([5, 3, 6, 4])
+    negatives = HardNegatives(
+        torch.arange(len(batch)).roll(1),
+        torch.arange(len(batch)).roll(-1),
+        *(torch.ones(len(batch), dtype=torch.bool) for _ in range(2)),
+    )
+    whole = objective(model)(batch, negatives)
+    for name in ("packed_pass", "token_logits", "with_dec"):
+        monkeypatch.setattr(model, name, lambda *_, name=name: pytest.fail(f"{name} is ITG's work"))
+    without = Stage1Objective(model, Stage1LossConfig(itg=False))
+    found = without(batch, negatives)
+    assert list(found.losses) == ["itc", "itm"]
+    for name, loss in found.losses.items():
+        torch.testing.assert_close(loss, whole.losses[name], atol=1e-5, rtol=0)
+    model.zero_grad()
+    found.total.backward()
+    assert all(weight.grad is None for weight in model.itg_head.parameters())
+    alone = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    monkeypatch.undo()
+    kept = objective(model)(batch, negatives).losses
+    (kept["itc"] + kept["itm"]).backward()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+    assert without(batch).losses["itm"].isfinite()  # draws its own negatives too

@@ -11,6 +11,9 @@ from qformers.errors import ConfigError
 class Stage1LossConfig:
     """The loss is ITC + ITM + ITG with equal weights (BLIP-2, section 3.1)."""
 
+    itg: bool = True
+    """False leaves ITG out, its pass over the captions too, as the first row of the paper's table 6; a model trained
+    so retrieves and matches, and its Q-Former has not learned to say anything."""
     label_smoothing: float = 0.1
     """Of the ITC targets and of the ITG tokens, as the authors' code (the paper does not say)."""
     hard_negative_fraction: float = 1.0

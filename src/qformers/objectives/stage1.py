@@ -64,12 +64,12 @@ class Stage1Objective(nn.Module):
         if cached is None:
             whole = contrast(*features, model.temperature, batch.image_ids, config)
             itc, stats["itc_accuracy"] = whole.loss, whole.accuracy
-            if generative_outputs is not None and negatives is None:
+            if not self._itc_alone_now and negatives is None:
                 drawn = draw_negatives(whole, model.temperature, self.draws, config)
                 negatives = drawn.rows(slice(self._scored(len(batch))))
         else:
             itc, stats["itc_accuracy"] = cached.loss(features, model.temperature), cached.accuracy
-        if generative_outputs is None:
+        if self._itc_alone_now:
             return StepOutput({"itc": itc}, stats)
 
         chosen, memory, texts, over_pairs = self._wrong_rows(batch, patches, image, negatives, cached)
@@ -78,6 +78,8 @@ class Stage1Objective(nn.Module):
         logits = itm_logits(model, image.memory.first(scored), own, memory, texts)
         labels = itm_labels(chosen)
         itm, stats["itm_accuracy"] = itm_loss(logits, labels, over_pairs), itm_accuracy(logits, labels, over_pairs)
+        if generative_outputs is None:
+            return StepOutput({"itc": itc, "itm": itm}, stats)
 
         smoothing = config.label_smoothing
         itg = itg_loss(model, generative_outputs, batch.input_ids, batch.attention_mask, smoothing, over_tokens)
@@ -129,8 +131,8 @@ class Stage1Objective(nn.Module):
     def _encode(
         self, batch: Batch, patches: Float[Tensor, "rows patches vision_dim"]
     ) -> tuple[ImageEncoding, Float[Tensor, "rows embed_dim"], Float[Tensor, "rows predictions dim"] | None]:
-        """Both sides of ITC, and what ITG predicts from; None while ITC trains alone."""
-        if self._itc_alone_now:
+        """Both sides of ITC, and what ITG predicts from; None where there is no ITG."""
+        if self._itc_alone_now or not self.config.itg:
             image = self.model.encode_image(patches)
             return image, self.model.encode_text(batch.input_ids, batch.attention_mask), None
         packed = self.model.packed_pass(patches, batch.input_ids, batch.attention_mask)

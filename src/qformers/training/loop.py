@@ -86,8 +86,9 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainResult:
     checkpoint = find_checkpoint(output, resume)
     # Without `cpu`, accelerate takes each process of a torchrun on a machine without GPU for the only one.
     on_cpu = not torch.accelerator.is_available()
-    # While ITC trains alone, the other losses' heads have no gradient.
-    parts = DistributedDataParallelKwargs(find_unused_parameters=config.stage == 1 and config.objectives.itc_steps > 0)
+    # While ITC trains alone, the other losses' heads have no gradient; ITG's has none without it.
+    idle = config.stage == 1 and (config.objectives.itc_steps > 0 or not config.objectives.itg)
+    parts = DistributedDataParallelKwargs(find_unused_parameters=idle)
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision="no", log_with="tensorboard", project_dir=output, kwargs_handlers=[parts, waiting]
