@@ -36,6 +36,41 @@ def _demo(options: Namespace) -> None:
     run_demo(Path(options.output), size, options.seed, options.language_model, options.vqa)
 
 
+def _study_options(parser: ArgumentParser) -> None:
+    parser.add_argument("output", type=str, help="Folder of study.md, its figures and the runs.")
+    parser.add_argument(
+        "--size",
+        type=Literal["full", "quick", "tiny"],
+        default="full",
+        help="How long each run is and how much is measured: on 2 cores some 80 minutes in all, 27, or (tests) less.",
+    )
+    parser.add_argument(
+        "--questions",
+        type=str,
+        help="Only these, such as 1,3,7; default: all. 1 ITG, 2 stage 2 without stage 1, 3 the encoder's layer, 4 the "
+        "number of queries, 5 reading the question, 6 other bridges, 7 hard negatives and re-ranking, 8 CapFilt.",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="Runs of each arm; a verdict needs 3.")
+    parser.add_argument(
+        "--language_model",
+        type=Literal["smollm2", "t5"],
+        default="smollm2",
+        help="What says captions (questions 2, 6, 8): SmolLM2-135M, or a small T5 made from the training captions "
+        "first, which learns to look in far fewer steps.",
+    )
+
+
+def _study(options: Namespace) -> None:
+    from qformers.errors import ConfigError
+    from qformers.study.run import run_study
+
+    try:
+        questions = None if options.questions is None else [int(number) for number in options.questions.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--questions is {options.questions!r}: give numbers such as 1,3,7") from error
+    run_study(Path(options.output), options.size, questions, options.seeds, options.language_model)
+
+
 def _train_options(parser: ArgumentParser) -> None:
     recipe_options(parser)
     parser.add_argument(
@@ -86,6 +121,14 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "qformers demo --quick --output runs/quick",
         _demo_options,
         _demo,
+    ),
+    ("study",): Command(
+        "Ask the paper's questions again at a small scale: train what is compared, and write a page of verdicts.\n"
+        "Stopped or killed, the same command goes on; with more questions or seeds it adds to what is there.",
+        "OUTPUT [--size full|quick] [--questions 1,3,7] [--seeds N] [--language_model smollm2|t5]",
+        "qformers study runs/study --size quick --questions 1,7",
+        _study_options,
+        _study,
     ),
     ("plan",): Command(
         "Count what a recipe takes on each GPU: memory, work and time; nothing is built.",
