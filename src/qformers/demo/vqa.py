@@ -16,6 +16,7 @@ model the question. What the majority of training answers says is the fourth met
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from qformers.evaluation.answering import answer_questions
 from qformers.evaluation.captioning import Captioner
 from qformers.evaluation.vqa_metrics import score_answers
 from qformers.models.config import GenerationSettings, QFormerReads
+from qformers.models.tensors import WEIGHTS_FILE
 from qformers.training.config import TrainConfig
 from qformers.training.features import precompute
 from qformers.training.loop import train
@@ -124,15 +126,17 @@ def train_arm(folder: Path, size: DemoSize, stage1: TrainConfig, language_model:
 
 
 def answer_arm(folder: Path, recipe: TrainConfig, arm: str) -> ArmAnswers:
-    """Greedy answers of a trained arm to the test set; kept beside its model, and found there again."""
+    """Greedy answers of a trained arm to the test set; kept beside its model, and found there again for its weights."""
     model, kept = Path(recipe.output) / "model", Path(recipe.output) / "answers.json"
-    if kept.exists() and kept.stat().st_mtime > (model / "model.safetensors").stat().st_mtime:
-        return ArmAnswers(**json.loads(kept.read_text(encoding="utf-8")))
+    # By content: to go on with a run that has ended writes the same weights once more.
+    weights = hashlib.sha256((model / WEIGHTS_FILE).read_bytes()).hexdigest()
+    if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8"))).get("weights") == weights:
+        return ArmAnswers(found["answers"], found["trained_parameters"])
     pictures = ARMS[arm].pictures
     source = SourceConfig(path=str(folder / pictures / "test.jsonl"))
     shown = replace(recipe.data, train=[source], features=str(folder / "features" / f"{pictures}_test"))
     captioner = Captioner.of(open_model(model))
-    found = answer_questions(
+    answered = answer_questions(
         captioner,
         open_questions(source).records,
         transform_for(captioner.model.vision_encoder, recipe.data.transform),
@@ -140,8 +144,9 @@ def answer_arm(folder: Path, recipe: TrainConfig, arm: str) -> ArmAnswers:
         features=precompute(replace(recipe, data=shown)),
     )
     trained = sum(weight.numel() for weight in captioner.model.parameters() if weight.requires_grad)
-    kept.write_text(json.dumps({"answers": found.answers, "trained_parameters": trained}), encoding="utf-8")
-    return ArmAnswers(found.answers, trained)
+    said = {"weights": weights, "answers": answered.answers, "trained_parameters": trained}
+    kept.write_text(json.dumps(said), encoding="utf-8")
+    return ArmAnswers(answered.answers, trained)
 
 
 def gather_answers(folder: Path, arms: dict[str, ArmAnswers]) -> DemoAnswers:
