@@ -184,13 +184,11 @@ def description_of(
     language: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """`saving.describe_model` of a model that is not built."""
-    sizes = asdict(shape)
-    del sizes["initial_std"]
     return {
         "format": FORMATS[1 if language is None else 2],
         "qformers_version": __version__,
         "model": asdict(model),
-        "qformer": sizes,
+        "qformer": shape.sizes(),
         "vocab_size": vocab_size,
         "vision": vision,
         "vision_norm_eps": vision_norm_eps,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from qformers.models.vision import VisionEncoder
 
 INITIAL_TEMPERATURE = 0.07
 VISION_NORM_EPS = 1e-5  # LAVIS's ln_vision; Hugging Face's post_layernorm has 1e-6
-QUERY_STD = 0.02
+LATENT_STD = 0.02  # of a perceiver's
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class QFormerShape:
     """Sizes of one Q-Former.
 
     `initial_std` is of fresh linear and embedding weights: BERT's 0.02 suits 768 wide; at half the width less of the
-    image would reach the queries through the fresh cross-attention. Without `has_text` there is no text branch.
+    image would reach the queries through the fresh cross-attention. `query_std` is of fresh query tokens, the authors'
+    0.02. A LayerNorm follows them, so it changes no output, but how far a step turns them: at ten times the authors'
+    rate 20 steps carry tokens of 0.02 all the same way. Without `has_text` there is no text branch.
     """
 
     layers: int
@@ -40,12 +43,17 @@ class QFormerShape:
     ffn_dim: int
     max_positions: int = 512
     initial_std: float = 0.02
+    query_std: float = 0.02
     has_text: bool = True
+
+    def sizes(self) -> dict[str, Any]:
+        """What a saved model's description holds: all but what fresh weights are drawn from."""
+        return {name: value for name, value in asdict(self).items() if name not in ("initial_std", "query_std")}
 
 
 PRESETS: dict[PresetName, QFormerShape] = {
     "blip2": QFormerShape(layers=12, dim=768, heads=12, ffn_dim=3072),
-    "small": QFormerShape(layers=6, dim=384, heads=12, ffn_dim=1536, initial_std=0.05),
+    "small": QFormerShape(layers=6, dim=384, heads=12, ffn_dim=1536, initial_std=0.05, query_std=1.0),
     "tiny": QFormerShape(layers=2, dim=32, heads=4, ffn_dim=64),
 }
 
@@ -60,7 +68,7 @@ def preset_shape(name: PresetName) -> QFormerShape:
 def preset_of(shape: QFormerShape) -> PresetName:
     """The preset with these sizes, with or without a text branch; `other` if there is none."""
     for name, preset in PRESETS.items():
-        if replace(shape, has_text=True, initial_std=preset.initial_std) == preset:
+        if replace(shape, has_text=True).sizes() == preset.sizes():
             return name
     return "other"
 
@@ -106,7 +114,7 @@ def build_qformer(config: ModelConfig, shape: QFormerShape, vision_dim: int, voc
         dropout=config.dropout,
     )
     # Hugging Face leaves fresh query tokens at zero: then all queries stay identical for ever.
-    nn.init.normal_(qformer.query_tokens, std=QUERY_STD)
+    nn.init.normal_(qformer.query_tokens, std=shape.query_std)
     qformer.apply(partial(initialise, std=shape.initial_std))
     return qformer
 
@@ -210,7 +218,7 @@ def build_bridge(config: ModelConfig, vision_encoder: VisionEncoder, llm_dim: in
         ]
         tokens = nn.Parameter(torch.empty(config.num_queries, shape.dim))
         bridge = PerceiverResampler(tokens, nn.Linear(dim, shape.dim), nn.ModuleList(layers))
-        nn.init.normal_(tokens, std=QUERY_STD)
+        nn.init.normal_(tokens, std=LATENT_STD)
     else:
         bridge = AveragePooling(config.num_queries, dim, vision_encoder.prefix_tokens, vision_encoder.grid)
         if config.bridge == "mlp":

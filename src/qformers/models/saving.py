@@ -209,9 +209,7 @@ def describe_model(
     """All but the weights, as plain JSON values: config.json of a saved model. `build_described` is the inverse."""
     qformer: dict[str, Any] = {}
     if not isinstance(model, BridgedModel):
-        shape = asdict(shape_of(model.qformer))
-        del shape["initial_std"]  # of fresh weights; these are not
-        qformer = {"qformer": shape, "vocab_size": model.qformer.vocab_size}
+        qformer = {"qformer": shape_of(model.qformer).sizes(), "vocab_size": model.qformer.vocab_size}
     description = {
         "format": FORMATS[1],
         "qformers_version": __version__,

@@ -94,10 +94,13 @@ class Question:
 
 def questions_of(size: StudySize) -> dict[int, Question]:
     """All questions by number."""
-    of_base = size.demo.num_queries
-    by_count = tuple(arms.with_queries(count, of_base) for count in size.query_counts)
-    bridged = (arms.CAPTIONS, arms.UNTRAINED, *arms.BRIDGES)
-    asked = [
+    asked = (*_of_stage1(), *_of_queries(size), *_of_stage2(size), *_of_captions(size))
+    return {question.number: question for question in sorted(asked, key=lambda question: question.number)}
+
+
+def _of_stage1() -> list[Question]:
+    """How stage 1 is trained: its objectives, its negatives, the layer that it reads."""
+    return [
         Question(
             1,
             "Does generating text help retrieval?",
@@ -109,18 +112,6 @@ def questions_of(size: StudySize) -> dict[int, Question]:
             (Comparison(BASE, arms.NO_ITG, "reranked_mean_recall"),),
         ),
         Question(
-            2,
-            "Does stage 2 need stage 1?",
-            "Figure 5: without stage 1, zero-shot VQA after stage 2 is far worse, and OPT's gets worse as training "
-            "goes on.",
-            "The loss on held-out scenes over the steps of stage 2. Both start from the same fresh weights, one of "
-            "them by way of the base arm. The verdict is by the loss after the last step.",
-            (arms.CAPTIONS, arms.UNTRAINED),
-            ("lm", "cider", "object_recall"),
-            (Comparison(arms.CAPTIONS, arms.UNTRAINED, "lm"),),
-            figure="curves",
-        ),
-        Question(
             3,
             "Which layer of the image encoder?",
             "Section 3.3: the second-to-last layer's output is slightly better than the last one's; no figures.",
@@ -130,44 +121,6 @@ def questions_of(size: StudySize) -> dict[int, Question]:
             RETRIEVAL,
             (Comparison(BASE, arms.LAST_LAYER, "mean_recall"),),
             base="second-to-last layer",
-        ),
-        Question(
-            4,
-            "How many queries?",
-            "Section 3.1: 32 queries, a bottleneck much narrower than the patches; no other number is tried.",
-            f"The verdict is whether {max(size.query_counts)} queries beat {min(size.query_counts)} by mean recall of "
-            "ITC. Seconds are those of the run's steps that have all losses; work is what `qformers plan` counts for a "
-            "step whose pairs ITM scores all.",
-            by_count,
-            ("mean_recall", "reranked_mean_recall", "seconds_per_step", "step_gflop"),
-            (Comparison(by_count[-1], by_count[0], "mean_recall"),),
-            base=f"{of_base} queries",
-            figure="queries",
-        ),
-        Question(
-            5,
-            "Should the queries read the question?",
-            "Section 4.3: given the question as text, the queries look where it points; no figures without it.",
-            "easy-VQA, on training pictures kept apart. The control reads a text without words and trains as many "
-            "weights; the language model is told the question in both.",
-            (arms.READS_QUESTION, arms.READS_NOTHING),
-            ("accuracy",),
-            (Comparison(arms.READS_QUESTION, arms.READS_NOTHING, "accuracy"),),
-        ),
-        Question(
-            6,
-            "Is a Q-Former better than what is simpler?",
-            "The paper compares with no other bridge. Its critics propose a linear projection, an MLP, or a resampler.",
-            f"{of_base} visual tokens and the same steps of stage 2 for all. Only the Q-Former can have a stage 1, "
-            "which is as many pictures more; without it is the even match. Each line's claim is that the Q-Former "
-            "has the lower loss on held-out scenes: captions after so few steps name too few things to rank by.",
-            bridged,
-            ("lm", "cider", "object_recall"),
-            tuple(
-                Comparison(qformer, bridge, "lm")
-                for qformer in (arms.CAPTIONS, arms.UNTRAINED)
-                for bridge in arms.BRIDGES
-            ),
         ),
         Question(
             7,
@@ -185,6 +138,76 @@ def questions_of(size: StudySize) -> dict[int, Question]:
             ),
             base="half hard, half random",
         ),
+    ]
+
+
+def _of_queries(size: StudySize) -> list[Question]:
+    """How many queries there are."""
+    of_base = size.demo.num_queries
+    by_count = tuple(arms.with_queries(count, of_base) for count in size.query_counts)
+    return [
+        Question(
+            4,
+            "How many queries?",
+            "Section 3.1: 32 queries, a bottleneck much narrower than the patches; no other number is tried.",
+            f"The verdict is whether {max(size.query_counts)} queries beat {min(size.query_counts)} by mean recall of "
+            "ITC. Seconds are those of the run's steps that have all losses; work is what `qformers plan` counts for a "
+            "step whose pairs ITM scores all.",
+            by_count,
+            ("mean_recall", "reranked_mean_recall", "seconds_per_step", "step_gflop"),
+            (Comparison(by_count[-1], by_count[0], "mean_recall"),),
+            base=f"{of_base} queries",
+            figure="queries",
+        ),
+    ]
+
+
+def _of_stage2(size: StudySize) -> list[Question]:
+    """What the language model is given: by a Q-Former with or without a stage 1 or a question, or by another bridge."""
+    return [
+        Question(
+            2,
+            "Does stage 2 need stage 1?",
+            "Figure 5: without stage 1, zero-shot VQA after stage 2 is far worse, and OPT's gets worse as training "
+            "goes on.",
+            "The loss on held-out scenes over the steps of stage 2. Both start from the same fresh weights, one of "
+            "them by way of the base arm. The verdict is by the loss after the last step.",
+            (arms.CAPTIONS, arms.UNTRAINED),
+            ("lm", "cider", "object_recall"),
+            (Comparison(arms.CAPTIONS, arms.UNTRAINED, "lm"),),
+            figure="curves",
+        ),
+        Question(
+            5,
+            "Should the queries read the question?",
+            "Section 4.3: given the question as text, the queries look where it points; no figures without it.",
+            "easy-VQA, on training pictures kept apart. The control reads a text without words and trains as many "
+            "weights; the language model is told the question in both.",
+            (arms.READS_QUESTION, arms.READS_NOTHING),
+            ("accuracy",),
+            (Comparison(arms.READS_QUESTION, arms.READS_NOTHING, "accuracy"),),
+        ),
+        Question(
+            6,
+            "Is a Q-Former better than what is simpler?",
+            "The paper compares with no other bridge. Its critics propose a linear projection, an MLP, or a resampler.",
+            f"{size.demo.num_queries} visual tokens and the same steps of stage 2 for all. Only the Q-Former can have "
+            "a stage 1, which is as many pictures more; without it is the even match. Each line's claim is that the "
+            "Q-Former has the lower loss on held-out scenes: captions after so few steps name too few to rank by.",
+            (arms.CAPTIONS, arms.UNTRAINED, *arms.BRIDGES),
+            ("lm", "cider", "object_recall"),
+            tuple(
+                Comparison(qformer, bridge, "lm")
+                for qformer in (arms.CAPTIONS, arms.UNTRAINED)
+                for bridge in arms.BRIDGES
+            ),
+        ),
+    ]
+
+
+def _of_captions(size: StudySize) -> list[Question]:
+    """What the pictures' captions are worth."""
+    return [
         Question(
             8,
             "Does cleaning captions help?",
@@ -198,4 +221,3 @@ def questions_of(size: StudySize) -> dict[int, Question]:
             (Comparison(arms.CLEANED, arms.NOISY, "mean_recall"),),
         ),
     ]
-    return {question.number: question for question in asked}
