@@ -59,6 +59,7 @@ def _record(folder: Path, name: str, kind: str, draw: np.random.Generator) -> di
         "captions": [f"a {first} square of {second} line", f"the {second} line"],
         "image_id": name,
         "group": name,
+        "together": name,
         "kind": kind,
         "objects": [{"name": str(first)}, {"name": str(second)}] if kind == "scene" else [],
     }

@@ -145,7 +145,7 @@ def test_index_is_searched_by_text_and_picture(page, toy_models):
 
 
 def test_examples_and_everything_else_by_keyboard(page):
-    # Listened for from the start: turned on just before the key, the browser's catching of the chooser can lose the race.
+    # Listened for from the start: the browser is told to catch the chooser then; told just before, it may be too late.
     page.on("filechooser", lambda chooser: None)
     page.locator(".qf-example").nth(2).focus()
     page.keyboard.press("Enter")

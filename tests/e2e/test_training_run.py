@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +160,33 @@ def test_a_broken_picture_is_named_and_skipped_until_there_are_too_many(tmp_path
     assert named[0].startswith("3.png\t")
     with pytest.raises(DataError, match=r"limit is 1\.0%"):
         train(replace(tolerant, output=str(tmp_path / "strict"), data=replace(tolerant.data, batch_size=16)))
+
+
+def test_twins_meet_in_every_batch_of_a_run(tmp_path, monkeypatch):
+    write_toy_data(tmp_path)
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    pairs.write_text("".join(json.dumps(row | {"film": number % 8}) + "\n" for number, row in enumerate(rows)))
+    config = toy_config(tmp_path, tmp_path / "run")
+    config = replace(config, data=replace(config.data, together_column="film", batch_size=4))
+    films = []
+    forward = Stage1Objective.forward
+
+    def watched(objective, batch, *rest):
+        films.append(sorted(int(Path(name).stem) % 8 for name in batch.names))
+        return forward(objective, batch, *rest)
+
+    monkeypatch.setattr(Stage1Objective, "forward", watched)
+    train(replace(config, data=replace(config.data, validation=[])))
+    assert len(films) == 12 and all(
+        first == second for row in films for first, second in zip(row[::2], row[1::2], strict=True)
+    )
+    missing = replace(config, output=str(tmp_path / "other"), data=replace(config.data, together_column="shot"))
+    with pytest.raises(DataError, match=r"pairs.jsonl: no column 'shot'; there are: .*film.* Set data.together_column"):
+        train(missing)
+    streamed = [replace(config.data.train[0], stream=True)]
+    with pytest.raises(ConfigError, match=r"data\.together_column: records of streamed or weighted sources"):
+        replace(config.data, train=streamed)
 
 
 def test_features_take_the_encoders_place(data, tmp_path, monkeypatch):

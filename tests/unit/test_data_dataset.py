@@ -179,6 +179,39 @@ def test_sampler_reshuffles_and_splits_the_global_batch():
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == list(whole)
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 8), st.integers(0, 5))
+def test_a_group_stays_together_and_groups_are_shuffled(values, batch_size, seed):
+    _, groups = np.unique(values, return_inverse=True)
+    batch_size = min(batch_size, len(values))
+    sampler = EpochSampler(len(values), batch_size, seed, groups=groups)
+    steps = list(itertools.islice(sampler, 3 * sampler.steps_per_epoch))
+    orders = [
+        [index for batch in steps[epoch * sampler.steps_per_epoch :][: sampler.steps_per_epoch] for _, index in batch]
+        for epoch in range(3)
+    ]
+    for order in orders:
+        assert len(set(order)) == len(order) == sampler.steps_per_epoch * batch_size
+        runs = [group for group, _ in itertools.groupby(groups[order])]
+        assert len(set(runs)) == len(runs)  # none is cut in two
+    if groups.max() >= 5 and batch_size == 1:
+        assert orders[0] != orders[1] or orders[1] != orders[2]
+
+
+def test_records_of_one_value_come_one_after_another(make):
+    scenes = ["a", None, "b", None, "a", "b"] * 2
+    dataset = make()
+    column = datasets.Dataset.from_dict({"scene": scenes})
+    dataset.records = datasets.concatenate_datasets([dataset.records, column], axis=1)
+    order = [index for batch in make_loader(dataset, 4, together_column="scene", stop_step=3).batch_sampler
+             for _, index in batch]  # fmt: skip
+    assert sorted(order) == list(range(12))
+    for value in ("a", "b"):
+        places = [place for place, index in enumerate(order) if scenes[index] == value]
+        assert places == list(range(places[0], places[0] + 4))
+    with pytest.raises(DataError, match=r"no column 'film' for data.together_column; there are: .*scene"):
+        make_loader(dataset, 4, together_column="film")
+
+
 def test_sampler_refuses_what_cannot_be():
     with pytest.raises(DataError, match="the data set has 7 records, the batch size is 8"):
         EpochSampler(7, 8)

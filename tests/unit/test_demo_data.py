@@ -235,12 +235,32 @@ def test_scenes_are_made_of_so_many_objects(built: Path) -> None:
     assert len(things) == CONFIG.scene_objects
 
 
+def test_in_the_twin_of_a_scene_every_relation_is_the_other_way_round(built: Path) -> None:
+    scenes = [record for record in read(built, "train") if record["kind"] == "scene"]
+    twins: dict[str, list[dict]] = {}
+    for record in scenes:
+        twins.setdefault(record["together"], []).append(record)
+    pairs = [records for records in twins.values() if len(records) == 2]
+    assert len(pairs) >= 10 and len(pairs) + len(twins) == len(scenes)
+    relations = ("to the left of", "to the right of", "above", "below")
+    for first, second in pairs:
+        assert first["group"] != second["group"]  # so each is a wrong picture for the other's captions
+        boxes, turned = ([thing["box"] for thing in record["objects"]] for record in (first, second))
+        side = CONFIG.image_px
+        assert turned == [[side - right, side - bottom, side - left, side - top] for left, top, right, bottom in boxes]
+        names = [with_article(thing["name"]) for thing in first["objects"]]
+        for relation in relations:
+            claim = f"{names[0]} {relation} {names[1]}"
+            assert not (claim in first["captions"] and claim in second["captions"])
+
+
 def test_another_view_of_a_concept_is_moved_and_smaller_or_tilted(built: Path) -> None:
     records = {record["image_id"]: record for record in read(built, "train") if record["kind"] == "concept"}
     twins = [(records[name.removesuffix("-view1")], records[name]) for name in records if name.endswith("-view1")]
     assert 2 * len(twins) == len(records)
     for first, second in twins:
-        assert {**first, "image": "", "image_id": ""} == {**second, "image": "", "image_id": ""}
+        its_own = dict.fromkeys(("image", "image_id", "together"), "")
+        assert {**first, **its_own} == {**second, **its_own}
         boxes = []
         for record in (first, second):
             with Image.open(built / record["image"]) as image:

@@ -20,7 +20,7 @@ from qformers.data.shards import RecordList, image_number
 from qformers.data.sources import picture_of
 from qformers.data.text import clean_caption, pad
 from qformers.data.transforms import TransformConfig, evaluation_transform, train_transform
-from qformers.errors import DataError
+from qformers.errors import ConfigError, DataError
 
 Records = datasets.Dataset | RecordList
 
@@ -252,11 +252,12 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     shuffle_buffer: int = 0,
+    together_column: str | None = None,
 ) -> DataLoader:
     """Training batches up to `stop_step`: the same ones, in the same order, with any number of worker processes.
 
     Batches are those of `EpochSampler`, or of `MixtureSampler` if the sources have weights; `shuffle_buffer` is of
-    streamed ones.
+    streamed ones. Records with the same value in `together_column` stay side by side, in one batch unless it is full.
 
     Without `stop_step` there is no end, and workers are then stopped in the middle of their work, which one may
     leave by aborting: its queue's thread can still be handing over a batch when its interpreter goes.
@@ -268,7 +269,10 @@ def make_loader(
     parts = records.parts() if isinstance(records, RecordList) else [Part(0, len(records))]
     where = {"start_step": start_step, "stop_step": stop_step, "rank": rank, "world_size": world_size}
     if parts[0].weight is None:
-        sampler = EpochSampler(parts[0].length, batch_size, seed, pieces=parts[0].pieces, buffer=buffer, **where)
+        groups = None if together_column is None else _groups(records, together_column)
+        sampler = EpochSampler(
+            parts[0].length, batch_size, seed, pieces=parts[0].pieces, buffer=buffer, groups=groups, **where
+        )
     else:
         sampler = MixtureSampler(parts, batch_size, seed, buffer=buffer, **where)
     return DataLoader(
@@ -279,6 +283,18 @@ def make_loader(
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers > 0 else None,
     )
+
+
+def _groups(records: Records, column: str) -> Int[np.ndarray, " records"]:
+    """A number for each record, equal where the column is; records without a value are groups of one."""
+    if not isinstance(records, datasets.Dataset):
+        raise ConfigError(f"data.together_column is {column!r}: streamed records are read shard by shard, in no groups")
+    if column not in records.column_names:
+        raise DataError(f"no column {column!r} for data.together_column; there are: {', '.join(records.column_names)}")
+    values = records.select_columns(column).with_format("arrow")[:][column].to_pylist()
+    alone = [row if value is None else str(value) for row, value in enumerate(values)]
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(alone))}
+    return np.array([numbers[value] for value in alone], dtype=np.int64)
 
 
 def broken_image(name: str, error: DataError) -> BrokenImage:

@@ -28,13 +28,15 @@ class Part:
     """Records that are shuffled together: of one source, or of all.
 
     `pieces` are the lengths of its shards, whose records lie together and are read one after another; None for
-    records that can be read in any order.
+    records that can be read in any order. `groups` has a number (from 0) for each such record; those of one number
+    stay side by side.
     """
 
     first: int
     length: int
     pieces: Int[np.ndarray, " pieces"] | None = None
     weight: float | None = None
+    groups: Int[np.ndarray, " records"] | None = None
 
     def lanes(self, batch_size: int) -> int:
         """In how many stretches an epoch's shards are laid side by side."""
@@ -43,10 +45,13 @@ class Part:
     def order(self, generator: np.random.Generator, buffer: int, lanes: int) -> Int[np.ndarray, " records"]:
         """The record of each row of an epoch.
 
-        Without `pieces`, a permutation. With them: the pieces are permuted and cut into `lanes` stretches; within a
-        stretch a record moves by less than `buffer` places, as a shuffle buffer of that size would move it; row t is of
-        stretch t modulo `lanes`.
+        Without `pieces`, a permutation, of groups if there are any. With them: the pieces are permuted and cut into
+        `lanes` stretches; within a stretch a record moves by less than `buffer` places, as a shuffle buffer of that
+        size would move it; row t is of stretch t modulo `lanes`.
         """
+        if self.groups is not None:
+            places = generator.permutation(self.groups.max() + 1)
+            return self.first + np.argsort(places[self.groups], kind="stable")
         if self.pieces is None:
             return self.first + generator.permutation(self.length)
         places = generator.permutation(len(self.pieces))
@@ -65,7 +70,8 @@ class EpochSampler:
     exactly where a run that took as many steps stopped; after `stop_step` steps in all (None: never) it ends.
     `batch_size` is of the whole step: process `rank`
     of `world_size` yields its equal slice of it, so what a step trains on does not depend on their number.
-    Records in `pieces` are drawn as `Part.order` says, and a process then reads few of the pieces.
+    Records in `pieces` or `groups` are drawn as `Part.order` says; a process then reads few of the pieces, and a group
+    is in one batch unless the batch is full.
     Raises DataError if the data set is smaller than a batch, ConfigError if the slices are not equal.
     """
 
@@ -80,11 +86,12 @@ class EpochSampler:
         world_size: int = 1,
         pieces: Int[np.ndarray, " pieces"] | None = None,
         buffer: int = 0,
+        groups: Int[np.ndarray, " records"] | None = None,
     ) -> None:
         _check_slices(batch_size, world_size)
         if length < batch_size:
             raise DataError(f"the data set has {length} records, the batch size is {batch_size}: no batch can be full")
-        self.part = Part(0, length, pieces)
+        self.part = Part(0, length, pieces, groups=groups)
         self.batch_size = batch_size
         self.seed = seed
         self.start_step = start_step

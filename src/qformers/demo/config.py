@@ -11,12 +11,12 @@ class DemoDataConfig:
 
     `concept_views` are how often each picture of a training concept is shown: as it is, then smaller, tilted and
     moved. `singles` are extra pictures for each training concept, pasted on other grounds. `scenes` are composed of
-    `scene_objects` different things.
+    `scene_objects` different things; those of two come with a twin in which they have changed places.
     """
 
     concept_views: int = 2
-    scenes: int = 3000
-    scene_objects: int = 300
+    scenes: int = 3600
+    scene_objects: int = 50
     held_out_scenes: int = 300
     validation_scenes: int = 100
     held_out_concepts: int = 248

@@ -54,7 +54,7 @@ from qformers.demo.scenes import (
 )
 from qformers.errors import ConfigError, DataError
 
-FORMAT_VERSION = 2  # raise when the same settings come to mean other pictures or words
+FORMAT_VERSION = 3  # raise when the same settings come to mean other pictures or words
 SPLITS = ("train", "validation_concepts", "validation_scenes", "held_out_concepts", "held_out_scenes")
 
 
@@ -200,12 +200,14 @@ def _evaluation_records(
 
 
 def _record(image_id: str, captions: list[str], kind: str, concept: str, source: str) -> dict[str, Any]:
-    """`group` says whose captions fit this picture too: all pictures of a concept share it, a scene has its own."""
+    """`group` says whose captions fit this picture too: all pictures of a concept share it, a scene has its own.
+    `together` is shared by pictures that training should show side by side: a scene and its twin."""
     return {
         "image": f"images/{image_id}.jpg",
         "captions": captions,
         "image_id": image_id,
         "group": image_id if kind == "scene" else concept,
+        "together": image_id,
         "kind": kind,
         "concept": concept,
         "source": source,
@@ -219,7 +221,7 @@ def _scene_record(scene: Scene) -> dict[str, Any]:
     names = ", ".join(placed.name for placed in scene.objects)
     record = _record(scene.image_id, list(scene.captions), kind, names, source)
     record["objects"] = [{"name": placed.name, "box": list(placed.box)} for placed in scene.objects]
-    return record | {"background": scene.background}
+    return record | {"background": scene.background, "together": scene.twin_of or scene.image_id}
 
 
 def _measure(concepts: Iterable[Concept], pool: ProcessPoolExecutor) -> dict[Picture, Cutout]:
@@ -268,7 +270,9 @@ def _plan_pairs(
     wanted = config.held_out_scenes + config.validation_scenes
     pairs = draw_pairs(pool, wanted, rng)
     if len(pairs) < wanted or len(pool) * (len(pool) - 1) // 2 < 2 * wanted:
-        raise ConfigError(f"{wanted} evaluation scenes need more pairs than {len(pool)} objects give: ask for fewer")
+        raise ConfigError(
+            f"{wanted} evaluation scenes need more pairs than {len(pool)} objects give: ask for fewer, or more objects"
+        )
     used = {name: nouns[name] for name in pool}
     forbidden = {frozenset(pair) for pair in pairs}
     held, checked = pairs[: config.held_out_scenes], pairs[config.held_out_scenes :]

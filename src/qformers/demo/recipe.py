@@ -38,15 +38,15 @@ class DemoSize:
 
 STANDARD = DemoSize(
     data=DemoDataConfig(),
-    steps=650,
-    itc_steps=400,
+    steps=520,
+    itc_steps=200,
     batch_size=128,
     image_px=126,
     num_queries=8,
     rerank=16,
-    itm_fraction=0.25,
+    itm_fraction=1.0,
     t5_steps=600,
-    captioning_steps={"smollm2": 400, "t5": 1000},  # as many minutes
+    captioning_steps={"smollm2": 400, "t5": 1500},
     captioning_batch_size=32,
     vqa_steps=400,
     vqa_test_pictures=None,  # all
@@ -68,9 +68,7 @@ SIZES: dict[Size, DemoSize] = {
         vqa_test_pictures=10,
     ),
     "standard": STANDARD,
-    "long": replace(
-        STANDARD, steps=2000, itc_steps=1000, captioning_steps={"smollm2": 1500, "t5": 4000}, vqa_steps=800
-    ),
+    "long": replace(STANDARD, steps=1500, itc_steps=400, captioning_steps={"smollm2": 1500, "t5": 4000}, vqa_steps=800),
 }
 
 
@@ -88,9 +86,9 @@ def demo_recipe(
 
     Deviations from the paper, all for a run of minutes instead of days: 10 × its learning rate for fresh weights (the
     BERT's learn at the paper's), `vision_norm` started from the pictures, without which the queries become alike, no
-    dropout, one precomputed view of each picture, ITC alone at first, then ITM on a part of each batch with half of
-    its negatives easy ones, without which it does not leave chance in so few steps, and a temperature kept at 0.1,
-    which names unseen words better.
+    dropout, one precomputed view of each picture, ITC alone at first, then ITM with half of its negatives easy ones,
+    without which it does not leave chance in so few steps, and a temperature kept at 0.1, which names unseen words
+    better.
     """
     return TrainConfig(
         output=str(output),
@@ -101,6 +99,7 @@ def demo_recipe(
             feature_views=1,
             # Captions say left and right, so no flips.
             transform=TransformConfig(image_px=size.image_px, flip=False),
+            together_column="together",  # a scene and its twin meet in a batch
             batch_size=size.batch_size,
             workers=0,
             max_text_tokens=14,
@@ -120,7 +119,7 @@ def demo_recipe(
             itc_steps=size.itc_steps,
             min_temperature=0.1,
         ),
-        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.1, min_lr=1e-5, warmup_steps=max(2, size.steps // 12)),
+        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.1, min_lr=1e-5, warmup_steps=max(2, size.steps // 5)),
         seed=seed,
         steps=size.steps,
         log_every_steps=5,
@@ -145,7 +144,7 @@ def demo_captioning_recipe(
         start=stage1.output,
         # The whole caption is the target: in prefix language modelling text would say a part of it.
         language=LanguageConfig(path=str(language_model), dtype="bfloat16", split_captions=False),
-        data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
+        data=replace(stage1.data, together_column=None, batch_size=size.captioning_batch_size, max_text_tokens=20),
         optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
         steps=steps,
     )
@@ -177,6 +176,7 @@ def demo_vqa_recipe(
             stage1.data,
             train=[SourceConfig(path=str(source))],
             features=str(features),
+            together_column=None,
             transform=TransformConfig(image_px=VQA_IMAGE_PX, flip=False),
             batch_size=32,
             max_text_tokens=20,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A plan: everything needed to draw the picture, and its true captions."""
+    """A plan: everything needed to draw the picture, and its true captions. `twin_of` is the scene it mirrors."""
 
     image_id: str
     background: str
@@ -91,6 +91,7 @@ class Scene:
     mirrored_ground: bool
     objects: tuple[Placed, ...]
     captions: tuple[str, ...]
+    twin_of: str | None = None
 
     @property
     def pairs(self) -> set[frozenset[str]]:
@@ -197,7 +198,11 @@ def plan_scenes(
     forbidden: set[frozenset[str]],
     rng: np.random.Generator,
 ) -> list[Scene]:
-    """Training scenes of two or three objects: no pair of `forbidden` occurs, and every object does."""
+    """Training scenes of two or three objects: no pair of `forbidden` occurs, and every object does.
+
+    A scene of two is followed by its twin: the same things and ground, each place turned about the middle, so that
+    every relation is the other way round. Nothing but the relations tells the two apart.
+    """
     names, ground_names = sorted(cutouts), sorted(grounds)
     scenes: list[Scene] = []
     deck: list[str] = []
@@ -220,7 +225,12 @@ def plan_scenes(
         ground = ground_names[int(rng.integers(len(ground_names)))]
         captions = scene_captions(objects, grounds[ground].phrase, rng)
         origin, flip = (float(rng.random()), float(rng.random())), bool(rng.integers(2))
-        scenes.append(Scene(f"scene-{len(scenes):06d}", ground, origin, flip, tuple(objects), captions))
+        image_id = f"scene-{len(scenes):06d}"
+        scenes.append(Scene(image_id, ground, origin, flip, tuple(objects), captions))
+        if len(objects) == 2 and len(scenes) < count:
+            turned = [replace(placed, box=_turned(placed.box, image_px)) for placed in objects]
+            captions = scene_captions(turned, grounds[ground].phrase, rng)
+            scenes.append(Scene(f"scene-{len(scenes):06d}", ground, origin, flip, tuple(turned), captions, image_id))
     return scenes
 
 
@@ -271,6 +281,11 @@ def _mirror(box: tuple[int, int, int, int], relation: str, image_px: int) -> tup
     if relation in ("above", "below"):
         return left, image_px - bottom, right, image_px - top
     return image_px - right, top, image_px - left, bottom
+
+
+def _turned(box: tuple[int, int, int, int], image_px: int) -> tuple[int, int, int, int]:
+    left, top, right, bottom = box
+    return image_px - right, image_px - bottom, image_px - left, image_px - top
 
 
 def _distinct(a: str, b: str) -> bool:

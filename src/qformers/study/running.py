@@ -122,7 +122,8 @@ def recipe(bench: Bench, arm: Arm, seed: int) -> TrainConfig:
     shape = replace(config.model, preset=size.preset, start_from_text_encoder=size.preset != "tiny")
     config = replace(config, model=shape, checkpoint_every_steps=CHECKPOINT_STEPS)
     if arm.records != "train":  # each picture is its own: there are no views of one concept
-        config = replace(config, data=replace(config.data, train=[SourceConfig(str(records))]))
+        alone = replace(config.data, train=[SourceConfig(str(records))], together_column=None)
+        config = replace(config, data=alone)
     if arm.task == "captions":
         config = demo_captioning_recipe(
             size.demo, config, name=bench.captioner, language_model=inputs.captioner, output=output

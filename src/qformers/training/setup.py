@@ -23,7 +23,7 @@ from qformers.data.language_text import LanguageTokenizer
 from qformers.data.question_dataset import QuestionDataset, pictures_of
 from qformers.data.questions import open_questions
 from qformers.data.shards import RecordList, ShardRecords
-from qformers.data.sources import open_source
+from qformers.data.sources import find_column, open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import TransformConfig, transform_for
 from qformers.errors import ConfigError
@@ -119,7 +119,7 @@ def build_run(config: TrainConfig, checkpoint: Path | None, accelerator: Acceler
         if config.stage == 1 and tokenizer is not None
         else _stage2(config, tokenizer, encoder)
     )
-    records = open_sources(config, config.data.train)
+    records = open_sources(config, config.data.train, config.data.together_column)
     store = None
     if config.data.features is not None:
         store = FeatureStore.open(config.data.features, feature_key(config, encoder, stored_pictures(config, records)))
@@ -254,23 +254,27 @@ def build_encoder(config: TrainConfig) -> VisionEncoder:
     )
 
 
-def open_sources(config: TrainConfig, sources: list[SourceConfig]) -> Records:
+def open_sources(config: TrainConfig, sources: list[SourceConfig], together: str | None = None) -> Records:
     """The records of all sources, one after another: pictures with captions, or questions, as the task is.
 
-    Equal image ids are one picture, across sources too.
+    Equal image ids are one picture, across sources too. The column `together` is kept; DataError if a source has none.
     """
     if config.task == "vqa":
         return datasets.concatenate_datasets([open_questions(source).records for source in sources])
-    columns = ["image", "captions", "image_id", "name"]
-    opened = [
-        ShardRecords.open(source) if source.stream else open_source(source).select_columns(columns)
-        for source in sources
-    ]
+    opened = [ShardRecords.open(source) if source.stream else _table(source, together) for source in sources]
     tables = [source for source in opened if isinstance(source, datasets.Dataset)]
     weights = [source.weight for source in sources if source.weight is not None]
     if weights or len(tables) < len(opened):
         return RecordList(opened, weights)
     return datasets.concatenate_datasets(tables)
+
+
+def _table(source: SourceConfig, together: str | None) -> datasets.Dataset:
+    columns = ["image", "captions", "image_id", "name"]
+    table = open_source(source)
+    if together is not None:
+        columns.append(find_column(table.column_names, together, "", "data.together_column", source.path))
+    return table.select_columns(columns)
 
 
 def stored_pictures(config: TrainConfig, records: Records) -> Records:
