@@ -19,7 +19,7 @@ VQA_IMAGE_PX = 98
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything. `standard` fits 20 minutes on 2 cores, `quick` 3, `long` an hour."""
+    """How much of everything. On 2 cores `standard` takes half an hour, `quick` 3 minutes, `long` an hour."""
 
     data: DemoDataConfig
     steps: int
