@@ -13,7 +13,7 @@ from qformers.study.inputs import plant_noise
 from qformers.study.page import Circumstances, mean_and_spread, page, write_study
 from qformers.study.questions import Comparison, questions_of, verdict
 
-HOW = Circumstances("qformers study out", "abc1234", "2 cores", "2026-01-01")
+HOW = Circumstances("qformers study out", "a frozen SmolLM2-135M", "abc1234", "2 cores", "2026-01-01")
 
 
 def result(**metrics: float) -> dict:

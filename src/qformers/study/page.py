@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 
+from qformers.demo.recipe import LanguageModelName
 from qformers.report.page import duration
 from qformers.study.figures import Results, draw
 from qformers.study.questions import LEAST_SEEDS, METRICS, Comparison, Question, Values, verdict
 from qformers.version import __version__
 
+LANGUAGE: dict[LanguageModelName, str] = {
+    "smollm2": "a frozen SmolLM2-135M",
+    "t5": "frozen language models, a small T5 that says captions and SmolLM2-135M that answers questions",
+}
 RULE = (
     f'"Agrees" is said where the difference has the claim\'s sign with every seed, "does not agree" where it has the '
     f'other sign with every seed, "cannot tell" otherwise and with fewer than {LEAST_SEEDS} seeds. With three seeds a '
@@ -28,19 +33,20 @@ RULE = (
 
 @dataclass(frozen=True)
 class Circumstances:
-    """How a page came about."""
+    """How a page came about; `language` says which frozen language models spoke."""
 
     command: str
+    language: str
     commit: str
     machine: str
     date: str
 
 
-def circumstances(command: str, date: str) -> Circumstances:
+def circumstances(command: str, captioner: LanguageModelName, date: str) -> Circumstances:
     """Of this process; `commit` is the version where this is no checkout."""
     cores = os.cpu_count()
     machine = f"{cores} cores, {_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return Circumstances(command, _commit(), machine, date)
+    return Circumstances(command, LANGUAGE[captioner], _commit(), machine, date)
 
 
 def write_study(
@@ -70,8 +76,8 @@ def page(questions: Sequence[Question], results: Results, seeds: int, seconds: f
     lines = [
         "# The paper's questions, asked again at a small scale",
         "",
-        "Claims of BLIP-2 (arXiv 2301.12597), tried on emoji, stamps and composed scenes with a frozen DINOv2 and a "
-        "frozen SmolLM2: runs of about a minute, where the paper's took days. Small runs say little about large ones; "
+        "Claims of BLIP-2 (arXiv 2301.12597), tried on emoji, stamps and composed scenes with a frozen DINOv2 and "
+        f"{how.language}: runs of minutes, where the paper's took days. Small runs say little about large ones; "
         "an arm that learns too little in them to differ says nothing." + unfinished,
         "",
         f"    {how.command}",

@@ -63,7 +63,7 @@ def run_study(
     write_parts(inputs, output / "parts", SIZES[size])
     numbers = "" if questions is None else f" --questions {','.join(str(question.number) for question in asked)}"
     command = f"qformers study {output} --size {size}{numbers} --seeds {seeds} --language_model {language_model}"
-    how = circumstances(command, date.today().isoformat())
+    how = circumstances(command, language_model, date.today().isoformat())
     arms = with_their_starts([arm for question in asked for arm in question.arms])
     todo = [(arm, seed) for seed in range(seeds) for arm in arms]
     results: dict[str, dict[int, dict[str, Any]]] = {}
