@@ -5,6 +5,9 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -17,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 Work = Callable[[], Any]
+Clock = Callable[[], tuple[float, float]]
+"""Does some work and says how long it took: seconds by the clock, and of processor time."""
 Result = dict[str, Any]
 
 
@@ -25,7 +30,12 @@ def alternate(ours: Work, peer: Work, repetitions: int, warm_up: int = 1) -> Res
 
     `ratio` is of the clock. `cpu_ratio` is of processor time of all threads: beside other work the steadier one.
     """
-    rows = [(timed(ours), timed(peer)) for _ in range(warm_up + repetitions)][warm_up:]
+    return in_turn(partial(timed, ours), partial(timed, peer), repetitions, warm_up)
+
+
+def in_turn(ours: Clock, peer: Clock, repetitions: int, warm_up: int = 1) -> Result:
+    """`alternate` of works that time themselves, such as those of an `Apart`."""
+    rows = [(ours(), peer()) for _ in range(warm_up + repetitions)][warm_up:]
     return {
         "ratio": spread([theirs[0] / own[0] for own, theirs in rows]),
         "cpu_ratio": spread([theirs[1] / own[1] for own, theirs in rows]),
@@ -40,6 +50,38 @@ def timed(work: Work) -> tuple[float, float]:
     start, start_cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start, time.process_time() - start_cpu
+
+
+class Apart:
+    """Work in a fresh process of its own, which `make` prepares there; entered, it can be called to time it once.
+
+    Beside another it shares nothing but the machine: not what an allocator was told, nor memory that was kept.
+    """
+
+    def __init__(self, make: Callable[..., Work], *arguments: Any) -> None:
+        self._here, there = Pipe()
+        self._process = get_context("spawn").Process(target=_time_on_demand, args=(there, make, arguments), daemon=True)
+
+    def __enter__(self) -> Apart:
+        self._process.start()
+        self._here.recv()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._here.send(False)
+        self._process.join()
+
+    def __call__(self) -> tuple[float, float]:
+        """As `timed`."""
+        self._here.send(True)
+        return self._here.recv()
+
+
+def _time_on_demand(there: Connection, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    work = make(*arguments)
+    there.send(None)
+    while there.recv():
+        there.send(timed(work))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

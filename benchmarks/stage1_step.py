@@ -2,6 +2,9 @@
 
 Both compute on the same weights, pictures, captions and negatives; losses and, in fp32, gradients must agree before a
 clock is started. `least_flops` is the least work of the same mathematics (`least_work.py`).
+
+`ratio` has each side in a process of its own: ours keeps freed memory, as our training does, the peer has the allocator
+as it comes. `ratio_same_allocator` has both in one process that keeps it, so that what is left is the step alone.
 """
 
 from __future__ import annotations
@@ -26,7 +29,18 @@ from full_size import (
     vit_large,
 )
 from least_work import stage1_least_flops
-from measure import Result, alternate, flops, machine, peak_bytes, peak_fraction, saved_bytes
+from measure import (
+    Apart,
+    Result,
+    Work,
+    alternate,
+    flops,
+    in_turn,
+    machine,
+    peak_bytes,
+    peak_fraction,
+    saved_bytes,
+)
 from plain_stage1 import plain_losses
 from torch import Tensor, nn
 
@@ -74,16 +88,19 @@ class Sides:
 
 
 def run(case: Case) -> Result:
-    """Checks that both agree, then times them in turn."""
-    keep_freed_memory()  # as our training does; both sides have it here
+    """Checks that both agree, then times them in turn, each in a process of its own."""
     sides = both_sides(case)
     ours, plain = (lambda: step(sides.model, sides.ours)), (lambda: step(sides.model, sides.plain))
     compared = agree(sides, case.dtype)
-    timed = alternate(ours, plain, case.repetitions)
+    with Apart(our_step, case) as our_process, Apart(plain_step, case) as plain_process:
+        timed = in_turn(our_process, plain_process, case.repetitions)
+    keep_freed_memory()
+    together = alternate(ours, plain, case.repetitions)
     work, plain_work = flops(ours), flops(plain)
     memory, plain_memory = saved_bytes(sides.model, sides.ours), saved_bytes(sides.model, sides.plain)
     return {
         **timed,
+        "ratio_same_allocator": together["ratio"],
         "memory_ratio": memory / plain_memory,
         "saved_bytes": {"ours": memory, "peer": plain_memory},
         "peak_bytes": {"ours": peak_bytes(ours), "peer": peak_bytes(plain)},
@@ -97,6 +114,19 @@ def run(case: Case) -> Result:
         "images_per_second": case.batch / timed["seconds"]["ours"],
         **machine(case.dtype),
     }
+
+
+def our_step(case: Case) -> Work:
+    """Ours as our training runs it: glibc keeps what is freed for the next step."""
+    keep_freed_memory()
+    sides = both_sides(case)
+    return lambda: step(sides.model, sides.ours)
+
+
+def plain_step(case: Case) -> Work:
+    """The peer's as its users run it: glibc as it comes."""
+    sides = both_sides(case)
+    return lambda: step(sides.model, sides.plain)
 
 
 def both_sides(case: Case) -> Sides:
