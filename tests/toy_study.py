@@ -70,5 +70,5 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def study_some(inputs: Inputs, output: Path) -> dict:
-    """Questions 1 and 3 with one seed: three runs."""
+    """Questions 1 and 3 with one seed: four runs."""
     return run_study(output, "tiny", [1, 3], seeds=1, inputs=inputs)

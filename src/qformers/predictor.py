@@ -27,6 +27,7 @@ from qformers.models.inspection import cross_attention_weights
 from qformers.models.saving import LoadedModel, SavedLanguage, own_card, save_model
 from qformers.models.stage2 import BridgedModel, Stage2Model
 from qformers.models.tensors import fingerprint
+from qformers.precision import without_emulation
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def load(
 
     Args:
         dtype: of all weights; by default the Q-Former is in float32, the image encoder and the language model as they
-            were saved.
+            were saved, in float32 where `device` would only emulate half precision.
         vision_encoder: folder or hub id of what a .pth leaves out: its frozen image encoder.
         language_model: the same of its frozen language model.
         text_encoder: the same of the BERT whose tokenizer the Q-Former has.
@@ -88,6 +89,8 @@ def load(
     """
     loaded = open_model(path, FrozenParts(vision_encoder, language_model, text_encoder), _DTYPES.get(dtype, "auto"))
     loaded.model.to(device, dtype)
+    if dtype is None:
+        without_emulation(loaded.model, torch.device(device).type)
     return Predictor(loaded)
 
 
@@ -125,7 +128,8 @@ class Predictor:
         """sha256 of the weights that `encode_image` and `encode_text` use, by which an index knows its model."""
         state = self.loaded.stage1().state_dict()
         unused = ("itm_head.", "itg_head.", "temperature")
-        return fingerprint({name: tensor for name, tensor in state.items() if not name.startswith(unused)})
+        used = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+        return fingerprint(used, by_value=True)
 
     def preprocess(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "images 3 height width"]:
         """Pictures as the encoder wants them: shorter side resized, centre cropped, normalised.

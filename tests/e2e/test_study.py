@@ -77,11 +77,13 @@ def test_every_question_has_its_table_its_figure_and_a_verdict(whole):
 def test_arms_differ_where_they_are_meant_to(whole):
     found = {arm: result["0"] for arm, result in results(whole)["arms"].items()}
     assert found["base"]["metrics"] != found["no_itg"]["metrics"]
-    assert found["queries_1"]["cost"]["step_gflop"] < found["base"]["cost"]["step_gflop"]
+    assert found["queries_1"]["cost"]["step_gflop"] < found["contrast"]["cost"]["step_gflop"]
     assert [step for step, _ in found["captions"]["curve"]] == list(range(1, 7))
     assert found["captions"]["curve"] != found["captions_without_stage_1"]["curve"]
     log = [json.loads(line) for line in (whole / "arms" / "no_itg-0" / "metrics.jsonl").read_text().splitlines()]
-    assert not any("loss/itg" in row for row in log) and "loss/itm" in log[-1]
+    assert not any("loss/itg" in row for row in log) and "loss/itm" in log[0]
+    log = [json.loads(line) for line in (whole / "arms" / "contrast-0" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and not any("loss/itm" in row for row in log)
     assert 0 <= found["cleaned"]["metrics"]["swapped_kept"] <= 1
     assert not list(whole.glob("arms/*/checkpoints")), "fifty runs would fill a disk"
 
@@ -105,7 +107,11 @@ def test_killed_and_started_again_it_ends_with_the_same_and_trains_nothing_twice
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert (arms / "base-0" / "result.json").exists() and not (arms / "last_layer-0").exists()
+    assert (
+        (arms / "contrast-0" / "result.json").exists()
+        and (arms / "base-0" / "result.json").exists()
+        and not (arms / "last_layer-0").exists()
+    )
 
     trained, train = [], running.train
     monkeypatch.setattr(
@@ -131,8 +137,8 @@ def test_a_signal_saves_the_run_and_names_the_command(inputs, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", sends + CHILD, output, *paths], env=environment, capture_output=True, text=True
     )
-    assert "TrainingStoppedError: base, seed 0: its state is saved; go on with qformers study" in done.stderr
-    assert list((output / "arms" / "base-0" / "checkpoints").iterdir())
+    assert "TrainingStoppedError: contrast, seed 0: its state is saved; go on with qformers study" in done.stderr
+    assert list((output / "arms" / "contrast-0" / "checkpoints").iterdir())
 
 
 def test_a_folder_of_other_settings_and_unknown_questions_are_refused(whole, inputs, tmp_path, capsys):

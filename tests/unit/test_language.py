@@ -140,7 +140,8 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
         build_language_model(LanguageConfig(path=str(tmp_path)), END, PAD)
 
 
-def test_float16_weights_become_bfloat16_where_no_gpu_can_run_them(tmp_path, caplog):
+def test_float16_weights_become_bfloat16_where_no_gpu_can_run_them(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     toy_language_model("gpt2").model.half().save_pretrained(tmp_path)
     with caplog.at_level("INFO", logger="qformers"):
         model = build_language_model(LanguageConfig(path=str(tmp_path)), END, PAD)

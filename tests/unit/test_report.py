@@ -41,6 +41,7 @@ def results() -> DemoResults:
         held_out="Concepts that training never saw.",
         images=248,
         texts=248,
+        itm_weight=0.25,
         methods={
             "Q-Former": {**METRICS, "t2i_r1": 0.4321, "t2i_median_rank": 2.0},
             "ridge regression": {**METRICS, "t2i_median_rank": 7.5},

@@ -96,7 +96,7 @@ def expected_scores(logits: np.ndarray, itc: np.ndarray, rule: str) -> np.ndarra
     return {
         "itm": logits[..., 1],
         "itm+itc": logits[..., 1] + itc,
-        "itm+itc/temperature": logits[..., 1] + itc / 0.25,
+        "itm+itc/temperature": 0.5 * (logits[..., 1] - logits[..., 0]) + itc / 0.25,
     }[rule]
 
 
@@ -122,7 +122,7 @@ def test_reranking_equals_a_slow_reference_and_scores_each_pair_once(rule, image
         calls.append(list(zip(image_indices.tolist(), text_indices.tolist(), strict=True)))
         return torch.tensor(logits[image_indices, text_indices])
 
-    found = rerank(itc, owners, score_pairs, k, rule, temperature=0.25)
+    found = rerank(itc, owners, score_pairs, k, rule, temperature=0.25, itm_weight=0.5)
     scores = expected_scores(logits, itc, rule)
     rows = [slow_order(itc[i].tolist(), scores[i].tolist(), k) for i in range(images)]
     columns = [slow_order(itc[:, t].tolist(), scores[:, t].tolist(), k) for t in range(texts)]
@@ -144,7 +144,7 @@ def test_reranking_everything_is_brute_force(rule):
     rng = np.random.default_rng(0)
     owners = np.array([0, 1, 0, 2, 4, 4, 0, 5])
     itc, logits = rng.standard_normal((6, 8)).astype(np.float32), rng.standard_normal((6, 8, 2)).astype(np.float32)
-    found = rerank(itc, owners, lambda i, t: logits[i, t], k=8, rule=rule, temperature=0.25)
+    found = rerank(itc, owners, lambda i, t: logits[i, t], k=8, rule=rule, temperature=0.25, itm_weight=0.5)
     scores = expected_scores(logits.astype(np.float64), itc.astype(np.float64), rule)
     assert metrics_of_ranks(found.i2t.ranks, found.t2i.ranks) == retrieval_metrics(scores, owners)
     np.testing.assert_array_equal(found.i2t.candidates, np.argsort(-scores, axis=1))

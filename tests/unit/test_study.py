@@ -75,9 +75,10 @@ def test_questions_draw_their_figures_from_any_part_of_the_results(size, tmp_pat
 
 def test_what_an_arm_goes_on_from_comes_before_it_and_once():
     order = with_their_starts([arms.CLEANED, arms.UNTRAINED, arms.READS_QUESTION, arms.NOISY])
-    assert order == [arms.BASE, arms.CAPTIONS, arms.CLEANED, arms.UNTRAINED, arms.READS_QUESTION, arms.NOISY]
+    first = [arms.CONTRAST, arms.BASE, arms.CAPTIONS]
+    assert order == [*first, arms.CLEANED, arms.UNTRAINED, arms.READS_QUESTION, arms.NOISY]
     shared = [arm for question in questions_of(SIZES["full"]).values() for arm in question.arms]
-    assert len(with_their_starts(shared)) == len({arm.name for arm in shared}) == 18
+    assert len(with_their_starts(shared)) == len({arm.name for arm in shared}) == 19
 
 
 def test_planted_noise_swaps_its_share_and_loses_no_caption():

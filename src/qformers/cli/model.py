@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from qformers.cli.command import Command, instance, model_option, source_options
 
@@ -31,6 +31,12 @@ def _retrieval_options(parser: ArgumentParser) -> None:
         "itm+itc/temperature: plus ITC's own logit, for a model whose ITM is the weaker head.",
     )
     parser.add_argument(
+        "--itm_weight",
+        type=NonNegativeFloat,
+        default=1.0,
+        help="Of ITM beside ITC's logit in itm+itc/temperature, chosen on pictures that are not these.",
+    )
+    parser.add_argument(
         "--scores", type=str, metavar="FILE", help="Keep the ITM scores here: killed, the same command goes on there."
     )
     parser.add_argument(
@@ -50,7 +56,7 @@ def _evaluate_retrieval(options: Namespace) -> None:
     if options.rerank < 0:
         raise ConfigError(f"--rerank is {options.rerank}: give how many candidates, or 0 for none")
     source = instance(SourceConfig, options, path=options.data)
-    reranking = Reranking(options.rerank, options.rule, options.scores) if options.rerank else None
+    reranking = Reranking(options.rerank, options.rule, options.scores, options.itm_weight) if options.rerank else None
     metrics = evaluate_retrieval(options.model, source, reranking, options.captions_per_image)
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4g}")

@@ -20,6 +20,7 @@ from qformers.data.batch import IGNORED_LABEL
 from qformers.data.text import clean_caption, pad
 from qformers.demo.assets import atomic_folder
 from qformers.models.vision import quiet_loading
+from qformers.precision import autocast
 
 BATCH, PEAK_LR, WARMUP = 64, 2e-3, 50
 MISSING_WORDS = 0.2
@@ -79,7 +80,7 @@ def _train(
         chosen = [texts[row] for row in generator.integers(len(texts), size=BATCH)]
         read, mask = _ids([_scrambled(text, generator) for text in chosen], tokenizer)
         said, said_mask = _ids(chosen, tokenizer)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             loss = model(
                 input_ids=read, attention_mask=mask.long(), labels=said.masked_fill(~said_mask, IGNORED_LABEL)
             ).loss

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from qformers.data.dataset import CaptionDataset
 from qformers.evaluation.captioning import Captioner, CaptionScores, caption_dataset
 from qformers.models.config import GenerationSettings
 from qformers.models.saving import load_model
+from qformers.precision import autocast
 from qformers.training.loop import TrainResult
 
 METRICS = ("cider", "bleu4", "rouge_l")
@@ -48,7 +48,7 @@ def caption_held_out_scenes(
     Mirrored scenes lie side by side and share their objects, so the neighbour is half the set away.
     """
     captioner = Captioner.of(load_model(result.model))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         scores = caption_dataset(captioner, scenes, SETTINGS)
     half = len(scores.captions) // 2
     moved = scores.captions[half:] + scores.captions[:half]

@@ -52,7 +52,8 @@ class ImageQuery:
 class Evaluation:
     """Retrieval on one held-out set.
 
-    `held_out` is a sentence: what of these pictures training never saw. `methods` gives each method's
+    `held_out` is a sentence: what of these pictures training never saw. `itm_weight` is ITM's beside ITC's logit in
+    re-ranking. `methods` gives each method's
     `retrieval_metrics` by the name shown; the one the report is about comes first.
     """
 
@@ -60,6 +61,7 @@ class Evaluation:
     held_out: str
     images: int
     texts: int
+    itm_weight: float
     methods: Mapping[str, Mapping[str, float]]
     text_queries: Sequence[TextQuery] = ()
     image_queries: Sequence[ImageQuery] = ()

@@ -44,8 +44,10 @@ from qformers.demo.vqa import (
     training_phase,
 )
 from qformers.evaluation.retrieval import chance_metrics, retrieval_metrics
-from qformers.evaluation.run import Reranking, RetrievalScores, score_retrieval
+from qformers.evaluation.run import Reranking, RetrievalScores, best_itm_weight, score_retrieval
 from qformers.models.saving import load_model
+from qformers.models.stage1 import Stage1Model
+from qformers.precision import autocast
 from qformers.training.config import TrainConfig
 from qformers.training.features import precompute
 from qformers.training.loop import TrainResult, train
@@ -165,10 +167,15 @@ def _stage1(
         result = train(recipe, resume="auto")
     with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
         model = load_model(result.model).stage1()
-        with torch.autocast("cpu", torch.bfloat16):
-            how = Reranking(sizes.rerank, "itm+itc/temperature")
-            scores = {kind: score_retrieval(model, datasets[f"held_out_{kind}"], how) for kind in EVALUATED}
+        with autocast("cpu"):
+            scores = {kind: _rerank_as_validated(model, datasets, kind, sizes.rerank) for kind in EVALUATED}
     return result, scores
+
+
+def _rerank_as_validated(model: Stage1Model, datasets: dict[str, CaptionDataset], kind: str, k: int) -> RetrievalScores:
+    """A held-out set re-ranked with the weight of ITM that is best on the validation set of its kind."""
+    weight = best_itm_weight(model, datasets[f"validation_{kind}"], k)
+    return score_retrieval(model, datasets[f"held_out_{kind}"], Reranking(k, "itm+itc/temperature", itm_weight=weight))
 
 
 def _stage2(recipe: TrainConfig, scenes: CaptionDataset, data: DemoData, watch: Stopwatch) -> DemoCaptions:
@@ -244,6 +251,7 @@ def _table(scores: RetrievalScores, ridge: Tensor) -> dict[str, Any]:
         "candidates": len(scores.texts),
         "qformer": scores.metrics(),
         "qformer_reranked": scores.reranked_metrics(),
+        "itm_weight": None if scores.how is None else scores.how.itm_weight,
         "ridge": retrieval_metrics(ridge, scores.text_to_image),
         "chance": chance_metrics(scores.itc.shape[0], scores.text_to_image),
     }

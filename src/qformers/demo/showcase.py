@@ -126,6 +126,7 @@ def write_demo_report(
                     held_out=HELD_OUT[kind],
                     images=len(held_out[kind].first_records),
                     texts=len(scores[kind].texts),
+                    itm_weight=demo.metrics[kind]["itm_weight"],
                     methods={label: demo.metrics[kind][key] for key, label in METHODS.items()},
                     text_queries=_text_queries(scores[kind], held_out[kind], demo.seed),
                     image_queries=_image_queries(scores[kind], held_out[kind], demo.seed),

@@ -47,6 +47,7 @@ def rerank(
     k: int = 128,
     rule: Rule = "itm+itc",
     temperature: float | None = None,
+    itm_weight: float = 1.0,
 ) -> Reranked:
     """Re-rank the `k` best candidates of every image and of every text.
 
@@ -58,7 +59,7 @@ def rerank(
         score_pairs: `(image_indices, text_indices)` → ITM logits, pairs x 2. Called once, with the union of both
             directions' shortlists sorted by image, so that no pair is scored twice.
         k: the paper: 128.
-        rule: see `pair_scores`.
+        rule, itm_weight: see `pair_scores`.
 
     Raises:
         ConfigError: an unknown rule, or k below 1.
@@ -83,7 +84,7 @@ def rerank(
     if not np.isfinite(logits).all():
         unusable = np.count_nonzero(~np.isfinite(logits).all(axis=1))
         raise DataError(f"{unusable} of {pairs.size} ITM scores are not finite: the ranking would mean nothing")
-    scores = pair_scores(logits, itc[image_indices, text_indices], rule, temperature)
+    scores = pair_scores(logits, itc[image_indices, text_indices], rule, temperature, itm_weight)
     i2t_scores, t2i_scores = (scores[np.searchsorted(pairs, own)] for own in (i2t_pairs, t2i_pairs))
     captioned = np.unique(owners)
     return Reranked(
@@ -104,13 +105,17 @@ def rerank(
 
 
 def pair_scores(
-    logits: Float[np.ndarray, "pairs 2"], cosines: Float[np.ndarray, " pairs"], rule: Rule, temperature: float | None
+    logits: Float[np.ndarray, "pairs 2"],
+    cosines: Float[np.ndarray, " pairs"],
+    rule: Rule,
+    temperature: float | None,
+    itm_weight: float = 1.0,
 ) -> Float[np.ndarray, " pairs"]:
     """What pairs are ranked by, in float64.
 
     "itm": the match logit, the paper's ITM score. "itm+itc": match logit + cosine, as the authors' code.
-    "itm+itc/temperature": match logit + cosine / temperature, both logits then: where ITM is the weaker head, as after
-    a short run, it does not drown ITC.
+    "itm+itc/temperature": `itm_weight` · log-odds of a match + cosine / temperature, both logits then: where ITM is the
+    weaker head, as after a short run, it does not drown ITC. `evaluation.run.best_itm_weight` finds the weight.
     """
     check_rule(rule, temperature)
     logits, cosines = logits.astype(np.float64), cosines.astype(np.float64)
@@ -119,7 +124,7 @@ def pair_scores(
     if rule == "itm+itc":
         return logits[:, 1] + cosines
     assert temperature is not None, "check_rule"
-    return logits[:, 1] + cosines / temperature
+    return itm_weight * (logits[:, 1] - logits[:, 0]) + cosines / temperature
 
 
 def check_rule(rule: str, temperature: float | None = 1.0) -> None:

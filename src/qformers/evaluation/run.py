@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,29 @@ from qformers.evaluation.scoring import Pairs, TextBatch, image_features, itc_si
 from qformers.models.stage1 import Stage1Model
 from qformers.models.tensors import fingerprint
 
+ITM_WEIGHTS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """How to re-rank: the `k` best by ITC, by `rule` (`itm_weight` is of "itm+itc/temperature"); `scores` is the file
+    that keeps ITM logits, if any."""
+
+    k: int = 128
+    rule: Rule = "itm+itc"
+    scores: str | Path | None = None
+    itm_weight: float = 1.0
+
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """What a model thinks of every (picture, text) pair of a data set."""
+    """What a model thinks of every (picture, text) pair of a data set, and how it was re-ranked."""
 
     texts: list[str]
     text_to_image: Int[np.ndarray, " texts"]
     itc: Float[Tensor, "images texts"]
     reranked: Reranked | None
+    how: Reranking | None
 
     def metrics(self) -> dict[str, float]:
         """`retrieval_metrics` of ITC alone."""
@@ -48,15 +62,6 @@ class RetrievalScores:
     def reranked_metrics(self) -> dict[str, float]:
         """The same figures after re-ranking; empty without it."""
         return {} if self.reranked is None else metrics_of_ranks(self.reranked.i2t.ranks, self.reranked.t2i.ranks)
-
-
-@dataclass(frozen=True)
-class Reranking:
-    """How to re-rank: the `k` best by ITC, by `rule`; `scores` is the file that keeps ITM logits, if any."""
-
-    k: int = 128
-    rule: Rule = "itm+itc"
-    scores: str | Path | None = None
 
 
 def evaluate_retrieval(
@@ -120,8 +125,33 @@ def score_retrieval(
             k=reranking.k,
             rule=reranking.rule,
             temperature=model.temperature.item(),
+            itm_weight=reranking.itm_weight,
         )
-    return RetrievalScores(captions.texts, captions.text_to_image, similarities, reranked)
+    return RetrievalScores(captions.texts, captions.text_to_image, similarities, reranked, reranking)
+
+
+def best_itm_weight(
+    model: Stage1Model, validation: CaptionDataset, k: int, weights: Sequence[float] = ITM_WEIGHTS
+) -> float:
+    """The weight of ITM beside ITC (rule "itm+itc/temperature") that re-ranks `validation` best.
+
+    Best is R@1 over both directions, and of equals the mean of all recalls. Each pair is scored once for all `weights`.
+    """
+    found = score_retrieval(model, validation)
+    logits: list[Float[np.ndarray, "pairs 2"]] = []
+
+    def scored(images: np.ndarray, texts: np.ndarray) -> Float[np.ndarray, "pairs 2"]:
+        if not logits:
+            logits.append(_match_logits(model, validation, found.texts, (images, texts), None))
+        return logits[0]
+
+    def recalls(weight: float) -> tuple[float, float]:
+        temperature = model.temperature.item()
+        order = rerank(found.itc, found.text_to_image, scored, k, "itm+itc/temperature", temperature, weight)
+        metrics = metrics_of_ranks(order.i2t.ranks, order.t2i.ranks)
+        return metrics["i2t_r1"] + metrics["t2i_r1"], metrics["mean_recall"]
+
+    return max(weights, key=recalls)
 
 
 def _match_logits(

@@ -58,7 +58,7 @@ class LanguageConfig:
     path: str | None = None
     """Folder or hub id: decoder-only (OPT, Llama, Qwen, Gemma, GPT-2, …) or encoder-decoder (T5, BART)."""
     dtype: Dtype = "auto"
-    """Of its frozen weights; auto: as they are stored."""
+    """Of its frozen weights; auto: as they are stored, in float32 where the machine would only emulate a half."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the language model, and only it, in 8 or 4 bits (needs bitsandbytes)."""
     prompt: str = ""

@@ -37,6 +37,7 @@ from qformers.models.decoding import repeat_for_beams
 from qformers.models.freezing import freeze
 from qformers.models.sampling import DrawnSampling
 from qformers.models.vision import one_line, quiet_loading
+from qformers.precision import without_emulation
 
 logger = logging.getLogger(__name__)
 
@@ -311,6 +312,8 @@ def build_language_model(
         raise CheckpointError(
             f"{source}: {len(absent)} of the weights are missing, first {absent[0]}: not a whole {described.model_type}"
         )
+    if config.dtype == "auto" and not torch.cuda.is_available():
+        without_emulation(model, "cpu")
     if model.dtype == torch.float16 and not torch.cuda.is_available():
         # A CPU's autocast mixes bf16 into it, which its norms refuse.
         logger.info("%s is stored in float16, which this machine cannot train through: bfloat16 is used", source)

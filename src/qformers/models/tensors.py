@@ -117,10 +117,12 @@ def open_pickle(path: Path) -> Any:
         ) from error
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes of weights."""
+def fingerprint(state: Mapping[str, Tensor], by_value: bool = False) -> str:
+    """sha256 over names, shapes, dtypes and bytes of weights; `by_value`, of halves read as float32 it is the same."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
+        if by_value and tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor = tensor.float()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["retrieval", "captions", "answers"]
-Start = Literal["base", "untrained"]
+Start = Literal["contrast", "base", "untrained"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,9 @@ class Arm:
     """One way to train.
 
     `task` says what is trained and measured: stage 1, captions of stage 2, or answers of stage 2. `changes` are by part
-    of `TrainConfig` and setting. `start` is what the run goes on from: the base arm of the same seed, or its Q-Former
-    before the first step. `records` are the captions it learns: `train`, `noisy` or `cleaned`.
+    of `TrainConfig` and setting. `start` is what the run goes on from: the arm of ITC alone or the base arm, of the
+    same seed, or the Q-Former before the first step. Stage 1 from nothing is of ITC alone: what several arms begin with
+    is trained once. `records` are the captions it learns: `train`, `noisy` or `cleaned`.
     """
 
     name: str
@@ -27,11 +28,20 @@ class Arm:
     records: str = "train"
 
 
-BASE = Arm("base", "ITC + ITM + ITG")
-NO_ITG = Arm("no_itg", "ITC + ITM", changes={"objectives": {"itg": False}})
+CONTRAST = Arm("contrast", "ITC alone")
 LAST_LAYER = Arm("last_layer", "last layer", changes={"model": {"vision_layer": -1}})
-HARD = Arm("hard_negatives", "hard negatives alone", changes={"objectives": {"hard_negative_fraction": 1.0}})
-RANDOM = Arm("random_negatives", "random negatives alone", changes={"objectives": {"hard_negative_fraction": 0.0}})
+BASE = Arm("base", "ITC + ITM + ITG", start="contrast")
+NO_ITG = Arm("no_itg", "ITC + ITM", changes={"objectives": {"itg": False}}, start="contrast")
+HARD = Arm(
+    "hard_negatives", "hard negatives alone", "retrieval", {"objectives": {"hard_negative_fraction": 1.0}}, "contrast"
+)
+RANDOM = Arm(
+    "random_negatives",
+    "random negatives alone",
+    "retrieval",
+    {"objectives": {"hard_negative_fraction": 0.0}},
+    "contrast",
+)
 NOISY = Arm("noisy", "noisy captions", records="noisy")
 CLEANED = Arm("cleaned", "cleaned captions", records="cleaned")
 
@@ -56,19 +66,20 @@ READS_NOTHING = Arm(
 )
 
 
-def with_queries(count: int, of_base: int) -> Arm:
-    """The base arm with so many queries; the base arm itself where they are its own."""
-    if count == of_base:
-        return BASE
+def with_queries(count: int, of_demo: int) -> Arm:
+    """The arm of ITC alone with so many queries; itself where they are the demo's number."""
+    if count == of_demo:
+        return CONTRAST
     return Arm(
         f"queries_{count}", "1 query" if count == 1 else f"{count} queries", changes={"model": {"num_queries": count}}
     )
 
 
 def with_their_starts(arms: list[Arm]) -> list[Arm]:
-    """Each arm once, behind what it needs: the base arm's model to go on from, a captioner to clean captions."""
+    """Each arm once, behind what it needs: a model to go on from, a captioner and a ranker to clean captions."""
     found: list[Arm] = []
     for arm in arms:
-        needed = [BASE] if arm.start == "base" else [BASE, CAPTIONS] if arm.records == "cleaned" else []
+        starts = {"contrast": [CONTRAST], "base": [CONTRAST, BASE]}.get(arm.start or "", [])
+        needed = [CONTRAST, BASE, CAPTIONS] if arm.records == "cleaned" else starts
         found += [one for one in (*needed, arm) if one not in found]
     return found

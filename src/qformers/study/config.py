@@ -17,6 +17,7 @@ SWAPPED = 0.3  # of the noisy captions
 class StudySize:
     """`demo` has the sizes of every arm's recipe; the rest is what the demo does not have.
 
+    Of `demo`, `itc_steps` are a run of ITC alone, and the steps beyond them a run of all three losses that goes on from it.
     `web_scenes` of the training scenes are kept from all arms but those about CapFilt, whose pictures they are. Figures
     come from `held_out_pictures` of each kind, and held-out losses from the first `loss_pictures` scenes.
     """
@@ -36,14 +37,14 @@ FULL = StudySize(
     demo=replace(
         STANDARD,
         data=DemoDataConfig(concept_views=1, scenes=1800, held_out_scenes=150, validation_scenes=60, singles=0),
-        steps=100,
-        itc_steps=50,
+        steps=110,
+        itc_steps=80,
         batch_size=64,
         rerank=8,
         itm_fraction=0.5,
-        captioning_steps={"smollm2": 60, "t5": 240},  # as many minutes
+        captioning_steps={"smollm2": 40, "t5": 120},
         t5_steps=400,
-        vqa_steps=60,
+        vqa_steps=40,
     ),
     web_scenes=600,
     held_out_pictures=150,
@@ -81,7 +82,7 @@ SIZES: dict[StudySizeName, StudySize] = {
         demo=replace(
             FULL.demo,
             steps=6,
-            itc_steps=2,
+            itc_steps=3,
             batch_size=4,
             image_px=56,
             rerank=4,

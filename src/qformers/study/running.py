@@ -33,7 +33,8 @@ from qformers.evaluation.captioning import Captioner, caption_dataset
 from qformers.evaluation.run import Reranking, score_retrieval
 from qformers.models.config import GenerationSettings
 from qformers.models.saving import save_model
-from qformers.study.arms import BASE, CAPTIONS, Arm
+from qformers.precision import autocast
+from qformers.study.arms import BASE, CAPTIONS, CONTRAST, Arm
 from qformers.study.config import StudySize
 from qformers.study.inputs import Inputs
 from qformers.training.config import TrainConfig
@@ -46,7 +47,7 @@ CHECKPOINT_STEPS = 25
 EVALUATIONS = 6  # of the held-out loss, over a run
 LOGGED = 20  # rows of metrics of a run, about
 KEPT = 0.9  # of true captions: dropping one costs more than keeping a swapped one
-KEPT_MODELS = (BASE, CAPTIONS)  # others go on from them
+KEPT_MODELS = (CONTRAST, BASE, CAPTIONS)  # others go on from them
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,12 @@ def recipe(bench: Bench, arm: Arm, seed: int) -> TrainConfig:
     # The tests' text encoder is a tokenizer without weights.
     shape = replace(config.model, preset=size.preset, start_from_text_encoder=size.preset != "tiny")
     config = replace(config, model=shape, checkpoint_every_steps=CHECKPOINT_STEPS)
+    if arm.task == "retrieval":
+        alone, all_losses = size.demo.itc_steps, size.demo.steps - size.demo.itc_steps
+        steps, itc_steps = (alone, alone) if arm.start is None else (all_losses, 0)
+        warm_up = replace(config.optimiser, warmup_steps=max(2, steps // 5))
+        losses = replace(config.objectives, itc_steps=itc_steps)
+        config = replace(config, steps=steps, objectives=losses, optimiser=warm_up)
     if arm.records != "train":  # each picture is its own: there are no views of one concept
         alone = replace(config.data, train=[SourceConfig(str(records))], together_column=None)
         config = replace(config, data=alone)
@@ -140,12 +147,13 @@ def recipe(bench: Bench, arm: Arm, seed: int) -> TrainConfig:
             output=output,
             reads="question",
         )
-    start = {None: None, "base": str(bench.folder(BASE.name, seed)), "untrained": str(bench.folder("untrained", seed))}
+    starts = {"contrast": CONTRAST.name, "base": BASE.name, "untrained": "untrained"}
+    start = None if arm.start is None else str(bench.folder(starts[arm.start], seed))
     changes: dict[str, Any] = {part: replace(getattr(config, part), **set_) for part, set_ in arm.changes.items()}
     log_every = max(1, config.steps // LOGGED)
-    config = replace(config, start=start[arm.start], log_every_steps=log_every, **changes)
+    config = replace(config, start=start, log_every_steps=log_every, **changes)
     if arm.start == "untrained" and not (bench.folder("untrained", seed) / "model").exists():
-        _save_untrained(replace(recipe(bench, BASE, seed), output=str(bench.folder("untrained", seed))))
+        _save_untrained(replace(recipe(bench, CONTRAST, seed), output=str(bench.folder("untrained", seed))))
     kind = "questions" if arm.task == "answers" else f"cleaned-{seed}" if arm.records == "cleaned" else arm.records
     return with_features(bench, config, kind)
 
@@ -210,15 +218,16 @@ def _held_out(bench: Bench, config: TrainConfig, part: str) -> CaptionDataset:
 
 def _retrieval(bench: Bench, config: TrainConfig) -> dict[str, float]:
     model = open_model(Path(config.output) / "model").stage1()
-    how = Reranking(bench.size.demo.rerank, "itm+itc/temperature")
-    with torch.autocast("cpu", torch.bfloat16):
+    has_itm = config.start is not None
+    how = Reranking(bench.size.demo.rerank, "itm+itc/temperature") if has_itm else None
+    with autocast("cpu"):
         scores = score_retrieval(model, _held_out(bench, config, "held_out"), how)
     return scores.metrics() | {f"reranked_{name}": value for name, value in scores.reranked_metrics().items()}
 
 
 def _captions(bench: Bench, config: TrainConfig) -> dict[str, float]:
     captioner = Captioner.of(open_model(Path(config.output) / "model"))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         scores = caption_dataset(captioner, _held_out(bench, config, "held_out_scenes"), SETTINGS)
     (Path(config.output) / "captions.json").write_text(json.dumps(scores.captions, indent=0), encoding="utf-8")
     objects = [[thing["name"] for thing in row["objects"]] for row in _rows(bench.part("held_out_scenes"))]
@@ -240,9 +249,8 @@ def _answers(bench: Bench, config: TrainConfig) -> dict[str, float]:
 
 
 def _cost(config: TrainConfig, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of the median step that has all losses; of stage 1 also the counted work of one, which has ITG."""
-    first = config.objectives.itc_steps if config.stage == 1 else 0
-    steps = [config.data.batch_size / row["images_per_second"] for row in rows if row["step"] > first]
+    """Seconds of the median step; of stage 1 also the counted work of one with all losses."""
+    steps = [config.data.batch_size / row["images_per_second"] for row in rows]
     cost, counted = {"seconds_per_step": median(steps)}, config.stage == 1 and config.objectives.itg
     return cost | ({"step_gflop": plan(config, gpus=1).step_flops / 1e9} if counted else {})
 

@@ -133,8 +133,9 @@ class TrainConfig:
     """Decides the fresh weights, the order of the data, crops, dropout and negatives."""
     steps: int = 250_000
     """Optimiser steps of the whole run, resumed parts included."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the arithmetic; trained weights are kept in fp32. fp16 (the paper's) scales the loss."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the arithmetic; trained weights are kept in fp32. auto: bf16 where the machine multiplies it in hardware, else
+    fp32. fp16 (the paper's) scales the loss."""
     accumulation_steps: int = 1
     """Batches whose gradients are averaged into one step. ITC and ITM contrast within each batch only."""
     micro_batch_size: int | None = None
@@ -174,8 +175,8 @@ class TrainConfig:
             _at_least("micro_batch_size", self.micro_batch_size, 1)
         if self.timeout_seconds <= 0:
             raise ConfigError(f"timeout_seconds is {self.timeout_seconds}: processes wait for each other, so above 0")
-        if self.precision not in ("bf16", "fp16", "fp32"):
-            raise ConfigError(f"precision is {self.precision!r}: must be bf16, fp16 or fp32")
+        if self.precision not in ("auto", "bf16", "fp16", "fp32"):
+            raise ConfigError(f"precision is {self.precision!r}: must be auto, bf16, fp16 or fp32")
         if self.shard_frozen_models and self.language.quantization != "none":
             raise ConfigError(
                 f"shard_frozen_models and language.quantization {self.language.quantization}: quantised weights cannot "

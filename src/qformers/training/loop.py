@@ -37,12 +37,13 @@ from qformers.objectives.answers import AnswerObjective
 from qformers.objectives.lm import Stage2Objective
 from qformers.objectives.output import StepOutput, count_passes
 from qformers.objectives.stage1 import Stage1Objective
+from qformers.precision import autocast
 from qformers.training.batches import training_batches, validation_batches
 from qformers.training.config import TrainConfig
 from qformers.training.logging import open_log
 from qformers.training.optimiser import learning_rate, set_learning_rate
 from qformers.training.scaling import whole_state
-from qformers.training.setup import CHECKPOINTS, PRECISIONS, Run, announce, build_run, find_checkpoint, provenance
+from qformers.training.setup import CHECKPOINTS, Run, announce, build_run, find_checkpoint, provenance
 from qformers.training.watch import Watch
 from qformers.training.writer import CheckpointWriter
 
@@ -178,15 +179,8 @@ def random_seed(*entropy: int) -> int:
 def arithmetic(config: TrainConfig, accelerator: Accelerator, step: int, number: int) -> Iterator[None]:
     """The random numbers and the precision of forward pass `number` (from 0) of `step` on this process."""
     torch.manual_seed(random_seed(config.seed, step, accelerator.process_index, number))
-    with autocast(config, accelerator):
+    with autocast(accelerator.device.type, config.precision):
         yield
-
-
-def autocast(config: TrainConfig, accelerator: Accelerator) -> torch.autocast:
-    """Half-precision arithmetic over fp32 weights, or nothing."""
-    dtype = PRECISIONS[config.precision]
-    half = dtype != torch.float32
-    return torch.autocast(accelerator.device.type, dtype if half else torch.bfloat16, enabled=half)
 
 
 def not_finite(grad_norm: Tensor, done: Sequence[tuple[Names, StepOutput]], loss_scale: float | None) -> bool:

@@ -90,7 +90,7 @@ def plan(config: TrainConfig, gpus: int) -> Plan:
     vision = layers_of(config.model.vision_encoder)
     patches = (config.data.transform.image_px // vision.patch_px) ** 2 + 1
     queries, frequency = config.model.num_queries, config.model.cross_attention_frequency
-    half = FP32 if config.precision == "fp32" else 2
+    half = FP32 if config.precision == "fp32" else 2  # auto: a GPU has bf16
     trained = qformer_parameters(shape, vision.dim, queries, frequency, config.model.embed_dim)
     frozen = vision.parameters
     vision_flops = 0 if config.data.features else vision.flops(patches)

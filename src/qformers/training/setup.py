@@ -47,6 +47,7 @@ from qformers.objectives.answers import AnswerObjective
 from qformers.objectives.lm import Stage2Objective
 from qformers.objectives.output import patch_embeds_of
 from qformers.objectives.stage1 import Stage1Objective
+from qformers.precision import precision_dtype
 from qformers.training.checkpoint import load_checkpoint, newest_checkpoint
 from qformers.training.config import TrainConfig
 from qformers.training.optimiser import build_optimiser
@@ -60,7 +61,6 @@ from qformers.training.scaling import (
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STANDARDISING_PICTURES = 128  # some ten thousand patches: enough for a mean and a spread of each dimension
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def _stage2(
         split_captions=language.split_captions,
     )
     speaker = build_language_model(replace(language, path=path), captions.end_id, captions.pad_id)
-    if {speaker.dtype, PRECISIONS[config.precision]} == {torch.float16, torch.bfloat16}:
+    if {speaker.dtype, precision_dtype(config.precision)} == {torch.float16, torch.bfloat16}:
         raise ConfigError(
             f"precision is {config.precision} and the language model is {str(speaker.dtype).removeprefix('torch.')}: "
             "torch mixes no two halves; give precision and language.dtype the same, or one of them fp32 "
@@ -250,7 +250,7 @@ def build_encoder(config: TrainConfig) -> VisionEncoder:
         config.model.vision_encoder,
         layer=config.model.vision_layer,
         image_px=config.data.transform.image_px,
-        dtype=torch.float32 if config.model.train_vision_encoder else PRECISIONS[config.precision],
+        dtype=torch.float32 if config.model.train_vision_encoder else precision_dtype(config.precision),
     )
 
 
@@ -320,7 +320,7 @@ def announce(config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
         frozen,
         len(run.train_data),
         "pictures" if config.task == "captioning" else "questions",
-        config.precision,
+        str(precision_dtype(config.precision)).removeprefix("torch."),
         accelerator.num_processes,
         accelerator.device.type,
         run.first_step,
