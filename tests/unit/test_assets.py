@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qformers.demo import assets
-from qformers.demo.assets import ASSETS, Asset, cache_folder, fetch, fetch_pictures
+from qformers.demo.assets import cache_folder, fetch, fetch_pictures
+from qformers.demo.packages import ASSETS, Asset
 from qformers.errors import DataError
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qformers.demo.assets import ASSETS, atomic_folder
+from qformers.demo.assets import atomic_folder
 from qformers.demo.concepts import (
     Concept,
     Picture,
@@ -39,6 +39,7 @@ from qformers.demo.concepts import (
     with_article,
 )
 from qformers.demo.config import DemoDataConfig
+from qformers.demo.packages import ASSETS
 from qformers.demo.scenes import (
     Background,
     Cutout,

@@ -17,9 +17,9 @@ from PIL import Image
 from qformers.data.dataset import CaptionDataset
 from qformers.data.images import load_image
 from qformers.data.sources import picture_of
-from qformers.demo.assets import ASSETS
 from qformers.demo.captions import DemoCaptions
 from qformers.demo.dataset import DemoData
+from qformers.demo.packages import ASSETS
 from qformers.demo.recipe import DemoSize, Size
 from qformers.demo.report import (
     AnswerExample,

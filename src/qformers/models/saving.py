@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from qformers.errors import CheckpointError, ConfigError
+from qformers.errors import CheckpointError
 from qformers.models.card import Provenance, model_card
-from qformers.models.config import Dtype, LanguageConfig, ModelConfig, QFormerReads
+from qformers.models.config import Dtype, LanguageConfig, ModelConfig
 from qformers.models.language import LanguageModel, build_language_model
 from qformers.models.presets import (
     VISION_NORM_EPS,
@@ -265,93 +265,6 @@ def write_description(folder: Path, description: dict[str, Any], card: str) -> N
     """config.json and the model card of a saved model."""
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def start_from(model: Stage1Model | Stage2Model, folder: str | Path) -> None:
-    """Fill `model` from the run or saved model `folder`: the image encoder, `vision_norm` and the Q-Former.
-
-    A stage-1 model takes the heads and the temperature of a stage-1 model too. A stage-2 model leaves those out, and
-    takes the projection of a stage-2 model, if it has this width.
-
-    Raises:
-        CheckpointError: no such model, one of stage 2 where stage 1 is to go on, or one with another image encoder or
-            Q-Former; names what does not fit.
-    """
-    folder = model_folder(folder)
-    description = read_description(folder)
-    if isinstance(model, Stage1Model) and description["format"] != FORMATS[1]:
-        raise CheckpointError(f"{folder}: is of stage 2 and has no heads for retrieval: start from a stage-1 run")
-    state = open_tensors(folder)
-    stored = state.described
-    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}
-    for name, tensor in ours.items():
-        needed = not name.startswith("language_projection.")
-        if name not in stored and needed:
-            raise CheckpointError(f"{folder}: lacks {name}, so its image encoder or bridge is not the recipe's")
-        if name in stored and stored[name].shape != tensor.shape and needed:
-            raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(stored[name].shape)}, the recipe's model {tuple(tensor.shape)}: "
-                "set `model` as that run's config.yaml has it"
-            )
-    kept = ("vision_encoder.", "vision_norm.", "qformer.", "bridge.")
-    leftover = [name for name in stored if name.startswith(kept) and name not in ours]
-    if leftover:
-        raise CheckpointError(
-            f"{folder}: {len(leftover)} of its weights have no place in the recipe's model, first {min(leftover)}: "
-            "set `model` as that run's config.yaml has it"
-        )
-    if any(name in stored and stored[name].shape != tensor.shape for name, tensor in ours.items()):
-        logger.warning("%s: its projection is of another language model's width and starts afresh", folder)
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            if name in stored and stored[name].shape == tensor.shape:
-                tensor.copy_(state.read(name))
-    model.vision_norm.eps = description.get("vision_norm_eps", VISION_NORM_EPS)
-
-
-def started_shape(folder: str | Path, shape: QFormerShape, qformer_reads: QFormerReads) -> QFormerShape:
-    """`shape` without a text branch, where the model that training goes on from has none.
-
-    Args:
-        qformer_reads: what training is to show the Q-Former, as in `LanguageConfig`.
-
-    Raises:
-        CheckpointError: no model there.
-        ConfigError: a Q-Former that reads text would go on without, or one without a text branch is to read.
-    """
-    description = read_description(model_folder(folder))
-    has_text = description.get("qformer", {}).get("has_text", True)
-    if qformer_reads == "nothing" and reads_instructions(description):
-        raise ConfigError(
-            f"{folder}: its Q-Former reads instructions (a VQA model, or InstructBLIP): set language.qformer_reads to "
-            "what it reads, or training would not show it any"
-        )
-    if qformer_reads != "nothing" and not has_text:
-        raise ConfigError(
-            f"{folder}: its Q-Former has no text branch, which qformer_reads {qformer_reads} needs: start from "
-            "a run of stage 1, or from one of stage 2 that began with it"
-        )
-    return replace(shape, has_text=has_text)
-
-
-def started_language(folder: str | Path, language: LanguageConfig) -> tuple[LanguageConfig, Path | None]:
-    """`language` with what it leaves open taken from the stage-2 model that training goes on from.
-
-    Returns:
-        The settings, and the folder in which the language model and its tokenizer are found; None when `language`
-        names another one.
-
-    Raises:
-        CheckpointError: no model there. ConfigError: no language model is named, here or there.
-    """
-    inside = model_folder(folder)
-    described = read_description(inside).get("language")
-    if language.path is not None:
-        return language, None
-    if described is None:
-        raise ConfigError(f"language.path is not set and {folder} has no language model: name one")
-    end_token = language.end_token or described["end_token"]
-    return replace(language, path=described["path"], end_token=end_token), inside
 
 
 def model_folder(path: str | Path) -> Path:

@@ -17,7 +17,8 @@ SWAPPED = 0.3  # of the noisy captions
 class StudySize:
     """`demo` has the sizes of every arm's recipe; the rest is what the demo does not have.
 
-    Of `demo`, `itc_steps` are a run of ITC alone, and the steps beyond them a run of all three losses that goes on from it.
+    Of `demo`, `itc_steps` are a run of ITC alone, and the steps beyond them a run of all three losses that goes on from
+    it.
     `web_scenes` of the training scenes are kept from all arms but those about CapFilt, whose pictures they are. Figures
     come from `held_out_pictures` of each kind, and held-out losses from the first `loss_pictures` scenes.
     """

@@ -36,12 +36,10 @@ from qformers.models.saving import (
     LANGUAGE_FOLDER,
     LANGUAGE_TOKENIZER_FOLDER,
     SavedLanguage,
-    start_from,
-    started_language,
-    started_shape,
 )
 from qformers.models.stage1 import Stage1Model
 from qformers.models.stage2 import Stage2Model
+from qformers.models.starting import start_from, started_language, started_shape
 from qformers.models.vision import VisionEncoder, build_vision_encoder
 from qformers.objectives.answers import AnswerObjective
 from qformers.objectives.lm import Stage2Objective
