@@ -50,11 +50,9 @@ def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
     return torch.autocast(device_type, dtype if half else torch.bfloat16, enabled=half)
 
 
-def without_emulation(model: nn.Module, device_type: str) -> nn.Module:
-    """`model` with its half-precision weights in float32, where `device_type` would emulate them; changed in place."""
-    if not multiplies_bf16(device_type):
-        for part in model.modules():
-            for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                if weight.dtype in (torch.bfloat16, torch.float16):
-                    weight.data = weight.data.float()
-    return model
+def without_emulation(model: nn.Module) -> None:
+    """Bring the half-precision weights of `model`, which is on a CPU, into float32 if that CPU would emulate them."""
+    if not multiplies_bf16("cpu"):
+        for weight in (*model.parameters(), *model.buffers()):
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                weight.data = weight.data.float()

@@ -79,7 +79,7 @@ def load(
 
     Args:
         dtype: of all weights; by default the Q-Former is in float32, the image encoder and the language model as they
-            were saved, in float32 where `device` would only emulate half precision.
+            were saved, in float32 on a CPU that would only emulate a half.
         vision_encoder: folder or hub id of what a .pth leaves out: its frozen image encoder.
         language_model: the same of its frozen language model.
         text_encoder: the same of the BERT whose tokenizer the Q-Former has.
@@ -89,8 +89,8 @@ def load(
     """
     loaded = open_model(path, FrozenParts(vision_encoder, language_model, text_encoder), _DTYPES.get(dtype, "auto"))
     loaded.model.to(device, dtype)
-    if dtype is None:
-        without_emulation(loaded.model, torch.device(device).type)
+    if dtype is None and torch.device(device).type == "cpu":
+        without_emulation(loaded.model)
     return Predictor(loaded)
 
 

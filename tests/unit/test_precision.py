@@ -42,7 +42,7 @@ def test_halves_are_read_as_float32_only_where_they_would_be_emulated(has_bf16):
     model = torch.nn.Linear(2, 2).bfloat16()
     model.register_buffer("kept", torch.arange(2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    without_emulation(model, "cpu")
+    without_emulation(model)
     assert model.weight.dtype == (torch.bfloat16 if has_bf16 else torch.float32) and model.kept.dtype == torch.int64
     assert all(torch.equal(value.float(), before[name].float()) for name, value in model.state_dict().items())
 

@@ -12,6 +12,7 @@ from qformers.study.config import SIZES
 from qformers.study.inputs import plant_noise
 from qformers.study.page import Circumstances, mean_and_spread, page, write_study
 from qformers.study.questions import Comparison, questions_of, verdict
+from qformers.study.running import seconds_per_step
 
 HOW = Circumstances("qformers study out", "a frozen SmolLM2-135M", "abc1234", "2 cores", "2026-01-01")
 
@@ -63,6 +64,11 @@ def test_the_page_says_how_far_it_has_got_and_writes_means_with_their_spread(tmp
     assert "**agrees** (by seed: +0.100, +0.100, +0.200)" in (tmp_path / "study.md").read_text()
     assert "1 min 01 s in all" in (tmp_path / "study.md").read_text()
     assert json.loads((tmp_path / "results.json").read_text())["verdicts"]["1"][0]["verdict"] == "agrees"
+
+
+def test_seconds_of_a_step_come_from_the_rows_that_were_timed():
+    rows = [{"step": 5, "images_per_second": 8.0}, {"step": 6, "validation/lm": 2.0}, {"images_per_second": 4.0}]
+    assert seconds_per_step([*rows, {"images_per_second": 2.0}], batch_size=16) == {"seconds_per_step": 4.0}
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -250,9 +250,14 @@ def _answers(bench: Bench, config: TrainConfig) -> dict[str, float]:
 
 def _cost(config: TrainConfig, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of the median step; of stage 1 also the counted work of one with all losses."""
-    steps = [config.data.batch_size / row["images_per_second"] for row in rows]
-    cost, counted = {"seconds_per_step": median(steps)}, config.stage == 1 and config.objectives.itg
+    cost, counted = seconds_per_step(rows, config.data.batch_size), config.stage == 1 and config.objectives.itg
     return cost | ({"step_gflop": plan(config, gpus=1).step_flops / 1e9} if counted else {})
+
+
+def seconds_per_step(rows: list[dict[str, Any]], batch_size: int) -> dict[str, float]:
+    """Of the median row of a training log; rows that hold validation losses alone do not count."""
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    return {"seconds_per_step": batch_size / median(rates)}
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
