@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qformers.data.dataset import CaptionDataset
 from qformers.errors import ConfigError, DataError
+from qformers.evaluation import run
 from qformers.evaluation.rerank import check_rule, pair_scores, rerank, shortlist
 from qformers.evaluation.retrieval import chance_metrics, metrics_of_ranks, retrieval_metrics
+from qformers.evaluation.run import ITM_WEIGHTS
+from qformers.models.stage1 import Stage1Model
 
 
 def slow_metrics(i2t: list[list[float]], t2i: list[list[float]], owners: list[int]) -> dict[str, float]:
@@ -167,3 +173,20 @@ def test_reranking_refuses_what_it_cannot_do():
         rerank(np.eye(2), own, no_opinion, k=0)
     with pytest.raises(DataError, match=r"2 pairs .* \(5,\)"):
         rerank(np.eye(2), own, lambda i, t: np.zeros(5), k=1)
+
+
+@pytest.mark.parametrize("opinion, chosen", [(1.0, max(ITM_WEIGHTS)), (-1.0, min(ITM_WEIGHTS))])
+def test_itm_weighs_as_much_as_is_best_on_validation(opinion, chosen, monkeypatch):
+    """ITC puts each picture's text behind the next one's: an ITM that is right mends it, one that is wrong does not."""
+    own, scored = np.arange(6), []
+    itc = torch.tensor(np.roll(np.eye(6), 1, axis=1) * 0.9 + np.eye(6) * 0.6)
+
+    def match_logits(model, dataset, texts, pairs, scores):
+        scored.append(len(pairs[0]))
+        return np.stack([np.zeros(len(pairs[0])), 2 * opinion * (pairs[0] == pairs[1])], axis=1)
+
+    monkeypatch.setattr(run, "score_retrieval", lambda *_: run.RetrievalScores(["text"] * 6, own, itc, None, None))
+    monkeypatch.setattr(run, "_match_logits", match_logits)
+    model = Mock(spec=Stage1Model, temperature=torch.tensor(0.1))
+    assert run.best_itm_weight(model, Mock(spec=CaptionDataset), k=3) == chosen
+    assert len(scored) == 1, "each pair is scored once for all weights"

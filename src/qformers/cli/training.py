@@ -42,7 +42,8 @@ def _study_options(parser: ArgumentParser) -> None:
         "--size",
         type=Literal["full", "quick", "tiny"],
         default="full",
-        help="How long each run is and how much is measured: on 2 cores some 80 minutes in all, 27, or (tests) less.",
+        help="How long each run is and how much is measured: on 2 cores some two hours in all, half an hour, or (tests) "
+        "less.",
     )
     parser.add_argument(
         "--questions",
