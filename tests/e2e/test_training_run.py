@@ -190,7 +190,7 @@ def test_twins_meet_in_every_batch_of_a_run(tmp_path, monkeypatch):
 
 
 def test_features_take_the_encoders_place(data, tmp_path, monkeypatch):
-    config = toy_config(data, tmp_path / "run", features=tmp_path / "features")
+    config = toy_config(data, tmp_path / "run", features=tmp_path / "features", precision="bf16")
     store = precompute(config)
     assert (store.records, store.views) == (16, 2)
     encoder = build_encoder(config)
