@@ -42,8 +42,7 @@ def _study_options(parser: ArgumentParser) -> None:
         "--size",
         type=Literal["full", "quick", "tiny"],
         default="full",
-        help="How long each run is and how much is measured: on 2 cores some two hours in all, half an hour, or (tests) "
-        "less.",
+        help="How long each run is and how much is measured: on 2 cores two hours, half an hour, or (tests) less.",
     )
     parser.add_argument(
         "--questions",

@@ -45,7 +45,7 @@ class Circumstances:
 def circumstances(command: str, captioner: LanguageModelName, date: str) -> Circumstances:
     """Of this process; `commit` is the version where this is no checkout."""
     cores = os.cpu_count()
-    machine = f"{cores} cores, {_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{cores} cores, {_processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     return Circumstances(command, LANGUAGE[captioner], _commit(), machine, date)
 
 

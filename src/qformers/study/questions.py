@@ -89,8 +89,8 @@ class Question:
         better, other = self.title_of(comparison.better), self.title_of(comparison.other)
         metric, instead = METRICS[comparison.metric], comparison.other_metric
         if instead is not None:
-            return f"{better}: {metric}, beats {METRICS[instead]}"
-        return f"{better}, beats {other} by {metric}"
+            return f"“{better}”: {metric} beats {METRICS[instead]}"
+        return f"“{better}” beats “{other}” by {metric}"
 
 
 def questions_of(size: StudySize) -> dict[int, Question]:
@@ -184,7 +184,8 @@ def _of_stage2(size: StudySize) -> list[Question]:
             "Should the queries read the question?",
             "Section 4.3: given the question as text, the queries look where it points; no figures without it.",
             "easy-VQA, on training pictures kept apart. The control reads a text without words and trains as many "
-            "weights; the language model is told the question in both.",
+            "weights; the language model is told the question in both. To read a question is a skill to be learned, "
+            "for which these steps are few: `docs/vqa.md` has runs of many more.",
             (arms.READS_QUESTION, arms.READS_NOTHING),
             ("accuracy",),
             (Comparison(arms.READS_QUESTION, arms.READS_NOTHING, "accuracy"),),
