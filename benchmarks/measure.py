@@ -59,11 +59,13 @@ class Apart:
     """
 
     def __init__(self, make: Callable[..., Work], *arguments: Any) -> None:
-        self._here, there = Pipe()
-        self._process = get_context("spawn").Process(target=_time_on_demand, args=(there, make, arguments), daemon=True)
+        self._here, self._there = Pipe()
+        arguments = (self._there, make, arguments)
+        self._process = get_context("spawn").Process(target=_time_on_demand, args=arguments, daemon=True)
 
     def __enter__(self) -> Apart:
         self._process.start()
+        self._there.close()  # its end is the process's alone: should that die, what waits for it gets an error
         self._here.recv()
         return self
 

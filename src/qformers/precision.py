@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ def multiplies_bf16(device_type: str | None = None) -> bool:
     """Whether a device, by default the one that training takes, multiplies matrices of bf16 in hardware.
 
     A CPU without (x86 before AVX-512-BF16 and AMX) emulates it, and takes 6 to 7 times as long as for float32
-    (docs/speed.md). torch before 2.10 does not say what a CPU has; it is then taken for one without.
+    (docs/speed.md). An older torch does not say what a CPU has; it is then taken for one without.
     """
     kind = device_type or training_device()
     if kind == "cuda":
@@ -38,11 +38,6 @@ def precision_dtype(precision: str, device_type: str | None = None) -> torch.dty
     return NAMED[precision]
 
 
-def fast_dtype() -> Literal["bfloat16", "float32"]:
-    """Of frozen weights: what `precision_dtype` takes for "auto", as language models' settings name it."""
-    return "bfloat16" if multiplies_bf16() else "float32"
-
-
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
     """Half-precision arithmetic over float32 weights, or nothing."""
     dtype = precision_dtype(precision, device_type)
@@ -51,8 +46,6 @@ def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
 
 
 def without_emulation(model: nn.Module) -> None:
-    """Bring the half-precision weights of `model`, which is on a CPU, into float32 if that CPU would emulate them."""
+    """Bring the weights of `model`, which is on a CPU, into float32 if that CPU would emulate half precision."""
     if not multiplies_bf16("cpu"):
-        for weight in (*model.parameters(), *model.buffers()):
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                weight.data = weight.data.float()
+        model.float()

@@ -43,7 +43,7 @@ def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, s
     texts = sorted({clean_caption(caption) for caption in captions} - {""})
     _train(model, tokenizer, texts, np.random.default_rng(seed), steps)
     with atomic_folder(folder) as partial, quiet_loading():
-        model.save_pretrained(partial)
+        model.bfloat16().save_pretrained(partial)  # as SmolLM2 is stored: read so where that is fast
         tokenizer.save_pretrained(partial)
     return folder
 

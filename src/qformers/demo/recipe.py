@@ -10,7 +10,6 @@ from qformers.data.config import SourceConfig, TransformConfig
 from qformers.demo.config import DemoDataConfig
 from qformers.models.config import LanguageConfig, ModelConfig, QFormerReads
 from qformers.objectives.config import Stage1LossConfig
-from qformers.precision import fast_dtype
 from qformers.training.config import DataConfig, OptimiserConfig, TrainConfig
 
 Size = Literal["quick", "standard", "long"]
@@ -144,7 +143,7 @@ def demo_captioning_recipe(
         stage=2,
         start=stage1.output,
         # The whole caption is the target: in prefix language modelling text would say a part of it.
-        language=LanguageConfig(path=str(language_model), dtype=fast_dtype(), split_captions=False),
+        language=LanguageConfig(path=str(language_model), split_captions=False),
         data=replace(stage1.data, together_column=None, batch_size=size.captioning_batch_size, max_text_tokens=20),
         optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
         steps=steps,
@@ -172,7 +171,7 @@ def demo_vqa_recipe(
         stage=2,
         task="vqa",
         start=stage1.output,
-        language=LanguageConfig(path=str(language_model), dtype=fast_dtype(), qformer_reads=reads),
+        language=LanguageConfig(path=str(language_model), qformer_reads=reads),
         data=replace(
             stage1.data,
             train=[SourceConfig(path=str(source))],

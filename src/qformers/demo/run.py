@@ -247,11 +247,12 @@ def _retrieval_set(dataset: CaptionDataset, store: FeatureStore, text_encoder: P
 
 def _table(scores: RetrievalScores, ridge: Tensor) -> dict[str, Any]:
     """One held-out set: every method's recalls on the same candidates."""
+    assert scores.how is not None, "the demo re-ranks"
     return {
         "candidates": len(scores.texts),
         "qformer": scores.metrics(),
         "qformer_reranked": scores.reranked_metrics(),
-        "itm_weight": None if scores.how is None else scores.how.itm_weight,
+        "itm_weight": scores.how.itm_weight,
         "ridge": retrieval_metrics(ridge, scores.text_to_image),
         "chance": chance_metrics(scores.itc.shape[0], scores.text_to_image),
     }

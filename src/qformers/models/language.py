@@ -312,7 +312,7 @@ def build_language_model(
         raise CheckpointError(
             f"{source}: {len(absent)} of the weights are missing, first {absent[0]}: not a whole {described.model_type}"
         )
-    if config.dtype == "auto" and not torch.cuda.is_available():
+    if config.dtype == "auto" and config.quantization == "none" and not torch.cuda.is_available():
         without_emulation(model)
     if model.dtype == torch.float16 and not torch.cuda.is_available():
         # A CPU's autocast mixes bf16 into it, which its norms refuse.

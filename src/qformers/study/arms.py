@@ -15,7 +15,7 @@ class Arm:
     """One way to train.
 
     `task` says what is trained and measured: stage 1, captions of stage 2, or answers of stage 2. `changes` are by part
-    of `TrainConfig` and setting. `start` is what the run goes on from: the arm of ITC alone or the base arm, of the
+    of `TrainConfig` and setting. `start` names what the run goes on from: the arm of ITC alone or the base arm, of the
     same seed, or the Q-Former before the first step. Stage 1 from nothing is of ITC alone: what several arms begin with
     is trained once. `records` are the captions it learns: `train`, `noisy` or `cleaned`.
     """

@@ -16,7 +16,6 @@ Values = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 LEAST_SEEDS = 3
 LOWER_IS_BETTER = {"lm"}
-RETRIEVAL = ("mean_recall", "i2t_r1", "t2i_r1")
 METRICS = {
     "mean_recall": "mean recall, ITC",
     "reranked_mean_recall": "mean recall, re-ranked",
@@ -120,7 +119,7 @@ def _of_stage1() -> list[Question]:
             "The encoder is DINOv2, trained without text, where the paper's are CLIP's. ITC alone; the verdict is by "
             "its mean recall.",
             (CONTRAST, arms.LAST_LAYER),
-            RETRIEVAL,
+            ("mean_recall", "i2t_r1", "t2i_r1"),
             (Comparison(CONTRAST, arms.LAST_LAYER, "mean_recall"),),
             base="second-to-last layer",
         ),

@@ -147,8 +147,7 @@ def recipe(bench: Bench, arm: Arm, seed: int) -> TrainConfig:
             output=output,
             reads="question",
         )
-    starts = {"contrast": CONTRAST.name, "base": BASE.name, "untrained": "untrained"}
-    start = None if arm.start is None else str(bench.folder(starts[arm.start], seed))
+    start = None if arm.start is None else str(bench.folder(arm.start, seed))
     changes: dict[str, Any] = {part: replace(getattr(config, part), **set_) for part, set_ in arm.changes.items()}
     log_every = max(1, config.steps // LOGGED)
     config = replace(config, start=start, log_every_steps=log_every, **changes)
@@ -218,8 +217,8 @@ def _held_out(bench: Bench, config: TrainConfig, part: str) -> CaptionDataset:
 
 def _retrieval(bench: Bench, config: TrainConfig) -> dict[str, float]:
     model = open_model(Path(config.output) / "model").stage1()
-    has_itm = config.start is not None
-    how = Reranking(bench.size.demo.rerank, "itm+itc/temperature") if has_itm else None
+    learned_itm = config.objectives.itc_steps < config.steps
+    how = Reranking(bench.size.demo.rerank, "itm+itc/temperature") if learned_itm else None
     with autocast("cpu"):
         scores = score_retrieval(model, _held_out(bench, config, "held_out"), how)
     return scores.metrics() | {f"reranked_{name}": value for name, value in scores.reranked_metrics().items()}
