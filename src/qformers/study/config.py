@@ -61,7 +61,8 @@ SIZES: dict[StudySizeName, StudySize] = {
         FULL,
         demo=replace(
             FULL.demo,
-            data=replace(FULL.demo.data, scenes=700, held_out_scenes=60),
+            data=replace(FULL.demo.data, scenes=600, held_out_scenes=60, held_out_concepts=120, validation_concepts=40),
+            image_px=70,
             steps=20,
             itc_steps=10,
             batch_size=32,
