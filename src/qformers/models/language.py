@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import GenerationSettings, LanguageConfig
-from qformers.models.decoding import repeat_for_beams
+from qformers.models.decoding import repeat_for_beams, roomy_cache
 from qformers.models.freezing import freeze
 from qformers.models.sampling import DrawnSampling
 from qformers.models.vision import one_line, quiet_loading
@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
         sampling = settings.top_p is not None
         answers_of_each = settings.num_return_sequences
         inputs: dict[str, Any] = {"inputs_embeds": embeds}
-        cache = self._read_once(embeds, mask, max(settings.num_beams, answers_of_each), settings.max_new_tokens)
+        cache = self._cache(embeds, mask, max(settings.num_beams, answers_of_each), settings.max_new_tokens)
         options: dict[str, Any] = {}
         processors = LogitsProcessorList()
         if sampling and draws is None:
@@ -188,33 +188,37 @@ class LanguageModel(nn.Module):
             )
         return said[:, 1:] if self.is_encoder_decoder else said  # a decoder's answer begins with its start token
 
-    def _read_once(
+    def _cache(
         self,
         embeds: Float[Tensor, "rows length llm_dim"],
         mask: Bool[Tensor, "rows length"],
         rows_of_each: int,
         new_tokens: int,
     ) -> dict[str, Any]:
-        """Keys and values of all but the last place of each row, then repeated for its beams or samples.
+        """The cache that `generate` starts from, one that grows in place; nothing where a family keeps another kind."""
+        if self.is_encoder_decoder or not self.model._supports_default_dynamic_cache():
+            return {}
+        if rows_of_each == 1 or embeds.shape[1] < 2:
+            cache = roomy_cache(self.model.config, room=new_tokens)
+            return {} if cache is None else {"past_key_values": cache}
+        read = self._read_once(embeds[:, :-1], mask[:, :-1])
+        return {"past_key_values": repeat_for_beams(read, rows_of_each, room=1 + new_tokens)}
+
+    def _read_once(self, embeds: Float[Tensor, "rows read llm_dim"], mask: Bool[Tensor, "rows read"]) -> DynamicCache:
+        """Keys and values of all but the last place of each row, to be repeated for its beams or samples.
 
         `generate` repeats a row before it reads it: with 5 beams 5 times the work until the first token. The last place
         is left for it to read, because there the first token is predicted. An encoder reads a row once anyway.
         """
-        if self.is_encoder_decoder or rows_of_each == 1 or embeds.shape[1] < 2:
-            return {}
         with quiet_loading():
-            read = self.model.generate(
-                inputs_embeds=embeds[:, :-1],
-                attention_mask=mask[:, :-1].long(),
+            return self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask.long(),
                 max_new_tokens=1,
                 do_sample=False,
                 return_dict_in_generate=True,
                 pad_token_id=self.pad_id,
-            )
-        cache = read.past_key_values
-        if not isinstance(cache, DynamicCache):  # what else a family keeps is its own affair
-            return {}
-        return {"past_key_values": repeat_for_beams(cache, rows_of_each, room=1 + new_tokens)}
+            ).past_key_values
 
     def _each_answer(
         self, embeds: Float[Tensor, "rows length llm_dim"], mask: Bool[Tensor, "rows length"], answers: int
