@@ -185,7 +185,7 @@ def test_twins_meet_in_every_batch_of_a_run(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"pairs.jsonl: no column 'shot'; there are: .*film.* Set data.together_column"):
         train(missing)
     streamed = [replace(config.data.train[0], stream=True)]
-    with pytest.raises(ConfigError, match=r"data\.together_column: records of streamed or weighted sources"):
+    with pytest.raises(ConfigError, match=r"data\.together_column: records of streamed sources"):
         replace(config.data, train=streamed)
 
 

@@ -19,6 +19,7 @@ from qformers.data.broken import BrokenTally
 from qformers.data.config import SourceConfig, TransformConfig
 from qformers.data.dataset import CaptionDataset, Example, collate, make_loader
 from qformers.data.sampling import EpochSampler
+from qformers.data.shards import RecordList
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import evaluation_transform
@@ -210,6 +211,21 @@ def test_records_of_one_value_come_one_after_another(make):
         assert places == list(range(places[0], places[0] + 4))
     with pytest.raises(DataError, match=r"no column 'film' for data.together_column; there are: .*scene"):
         make_loader(dataset, 4, together_column="film")
+
+
+def test_weighted_sources_keep_groups_together_and_are_mixed_in_a_batch(make):
+    scenes = ["a", "b", "a", "b", "c", "d", "c", "d", "e", "f", "e", "f"]
+    first, second = make(), make()
+    column = datasets.Dataset.from_dict({"scene": scenes})
+    tables = [datasets.concatenate_datasets([one.records, column], axis=1) for one in (first, second)]
+    first.records = RecordList(tables, [1.0, 1.0])
+    loader = make_loader(first, 8, together_column="scene", stop_step=6)
+    batches = [[index for _, index in batch] for batch in loader.batch_sampler]
+    assert any(max(batch[:4]) >= 12 for batch in batches) and any(min(batch[:4]) < 12 for batch in batches)
+    for batch in batches:
+        for start in (0, 12):
+            rows = [index - start for index in batch if start <= index < start + 12]
+            assert len(rows) == 4 and {scenes[row] for row in rows[:2]} and len({scenes[row] for row in rows}) == 2
 
 
 def test_sampler_refuses_what_cannot_be():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import datasets
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from qformers.data.batch import IGNORED_LABEL, Batch, BrokenImage
 from qformers.data.images import load_image
 from qformers.data.sampling import EpochSampler, MixtureSampler, Part, entropy_generator
-from qformers.data.shards import RecordList, image_number
+from qformers.data.shards import RecordList, ShardRecords, image_number
 from qformers.data.sources import picture_of
 from qformers.data.text import clean_caption, pad
 from qformers.data.transforms import TransformConfig, evaluation_transform, train_transform
@@ -267,11 +267,16 @@ def make_loader(
     """
     records, buffer = dataset.records, shuffle_buffer
     parts = records.parts() if isinstance(records, RecordList) else [Part(0, len(records))]
+    if together_column is not None:
+        tables = records.sources if isinstance(records, RecordList) else [records]
+        parts = [
+            replace(part, groups=_groups(table, together_column)) for part, table in zip(parts, tables, strict=True)
+        ]
     where = {"start_step": start_step, "stop_step": stop_step, "rank": rank, "world_size": world_size}
     if parts[0].weight is None:
-        groups = None if together_column is None else _groups(records, together_column)
+        whole = parts[0]
         sampler = EpochSampler(
-            parts[0].length, batch_size, seed, pieces=parts[0].pieces, buffer=buffer, groups=groups, **where
+            whole.length, batch_size, seed, pieces=whole.pieces, buffer=buffer, groups=whole.groups, **where
         )
     else:
         sampler = MixtureSampler(parts, batch_size, seed, buffer=buffer, **where)
@@ -285,7 +290,7 @@ def make_loader(
     )
 
 
-def _groups(records: Records, column: str) -> Int[np.ndarray, " records"]:
+def _groups(records: Records | ShardRecords, column: str) -> Int[np.ndarray, " records"]:
     """A number for each record, equal where the column is; records without a value are groups of one."""
     if not isinstance(records, datasets.Dataset):
         raise ConfigError(f"data.together_column is {column!r}: streamed records are read shard by shard, in no groups")

@@ -120,6 +120,8 @@ class EpochSampler:
 class MixtureSampler:
     """Batches of (epoch, index) in which each part has its share by weight, to within a row, in every batch.
 
+    Within a batch the parts are mixed: ITM, where it scores a fraction of the rows, scores some of each.
+
     Each part goes through its own epochs, without end and with nothing left over: within one of them every record is
     seen once. The rest is as with `EpochSampler`.
     Raises ConfigError if the slices are not equal, or a part's share is less than one row of each batch.
@@ -173,7 +175,8 @@ class MixtureSampler:
                         orders[number] = epoch, part.order(generator, self.buffer, lanes[number])
                     keys.append((epoch, int(orders[number][1][place])))
                     lane_of.append(place % lanes[number] / lanes[number])
-            yield _slice_of(keys, np.array(lane_of), self.rank, self.world_size)
+            mixed = entropy_generator(self.seed, step, 2).permutation(len(keys))
+            yield _slice_of([keys[row] for row in mixed], np.array(lane_of)[mixed], self.rank, self.world_size)
 
 
 def entropy_generator(*entropy: int) -> np.random.Generator:

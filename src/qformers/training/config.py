@@ -24,7 +24,7 @@ class DataConfig:
     together_column: str | None = None
     """Records that share this column's value stay side by side when an epoch is shuffled, and so meet in a batch: wrong
     pictures known to be hard, such as a scene and its mirror image, or the shots of one film. Without a value a record
-    is alone. Of sources that are neither streamed nor weighted."""
+    is alone. Not of streamed sources."""
     features: str | None = None
     """Folder of a feature store made by `qformers data features` for `train`: the encoder is then not run."""
     feature_views: int = 4
@@ -56,10 +56,10 @@ class DataConfig:
             raise ConfigError(
                 f"data.train: {weighted} of {len(self.train)} sources have a weight: give all of them one, or none"
             )
-        if self.together_column is not None and any(source.stream or source.weight for source in self.train):
+        if self.together_column is not None and any(source.stream for source in self.train):
             raise ConfigError(
-                "data.together_column: records of streamed or weighted sources cannot be kept together; leave out "
-                "stream and weight, or the column"
+                "data.together_column: records of streamed sources cannot be kept together; leave out stream, or the "
+                "column"
             )
         _at_least("data.shuffle_buffer", self.shuffle_buffer, 0)
         _at_least("data.batch_size", self.batch_size, 1)
