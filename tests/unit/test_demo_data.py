@@ -235,6 +235,13 @@ def test_scenes_are_made_of_so_many_objects(built: Path) -> None:
     assert len(things) == CONFIG.scene_objects
 
 
+def test_things_and_scenes_are_the_training_records_in_their_order(built: Path) -> None:
+    things, scenes = read(built, "train_things"), read(built, "train_scenes")
+    assert read(built, "train") == things + scenes
+    assert {record["kind"] for record in scenes} == {"scene"} and len(scenes) == CONFIG.scenes
+    assert {record["kind"] for record in things} == {"concept", "single"}
+
+
 def test_in_the_twin_of_a_scene_every_relation_is_the_other_way_round(built: Path) -> None:
     scenes = [record for record in read(built, "train") if record["kind"] == "scene"]
     twins: dict[str, list[dict]] = {}

@@ -23,24 +23,27 @@ from qformers.models.vision import quiet_loading
 from qformers.precision import autocast
 
 BATCH, PEAK_LR, WARMUP = 64, 2e-3, 50
+VOCABULARY = 4000
 MISSING_WORDS = 0.2
 LOGGED_STEPS = 100
 
 logger = logging.getLogger(__name__)
 
 
-def caption_t5_folder(captions: Sequence[str], vocabulary: Path, folder: Path, seed: int, steps: int) -> Path:
-    """Train the T5 on `captions` unless `folder` holds it already; a Hugging Face folder with the BERT's tokenizer.
+def caption_t5_folder(captions: Sequence[str], tokenizer_kind: Path, folder: Path, seed: int, steps: int) -> Path:
+    """Train the T5 on `captions` unless `folder` holds it already; a Hugging Face folder with its tokenizer.
 
     Args:
-        vocabulary: a BERT's folder, whose WordPiece vocabulary is used; [SEP] ends a text.
+        tokenizer_kind: a BERT's folder. Of its kind, WordPiece whose [SEP] ends a text, is the tokenizer; its words are
+            those of `captions`, a tenth as many: what they cost in the vocabulary head is most of a small T5's work.
     """
     if folder.is_dir():
         return folder
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary, eos_token="[SEP]")
-    model = _new_model(tokenizer)
     texts = sorted({clean_caption(caption) for caption in captions} - {""})
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_kind, eos_token="[SEP]")
+    tokenizer = tokenizer.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+    model = _new_model(tokenizer)
     _train(model, tokenizer, texts, np.random.default_rng(seed), steps)
     with atomic_folder(folder) as partial, quiet_loading():
         model.bfloat16().save_pretrained(partial)  # as SmolLM2 is stored: read so where that is fast

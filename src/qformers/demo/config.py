@@ -15,13 +15,13 @@ class DemoDataConfig:
     """
 
     concept_views: int = 2
-    scenes: int = 3600
+    scenes: int = 2600
     scene_objects: int = 50
     held_out_scenes: int = 300
     validation_scenes: int = 100
     held_out_concepts: int = 248
     validation_concepts: int = 80
-    singles: int = 1
+    singles: int = 0
     image_px: int = 224
     seed: int = 0
     workers: int = 2

@@ -2,6 +2,8 @@
 
     images/…                     JPEG, `image_px` × `image_px`
     train.jsonl                  every kind of training record (`kind`: "concept", "single" or "scene")
+    train_things.jsonl           of them, pictures of one thing
+    train_scenes.jsonl           of them, scenes; both follow train.jsonl's order, one after the other
     validation_concepts.jsonl    emoji not trained on, to choose settings such as a baseline's penalty
     validation_scenes.jsonl      pairs of objects that never occur together in training, for the same purpose
     held_out_concepts.jsonl      one picture and one caption (the label) for each held-out emoji
@@ -55,8 +57,9 @@ from qformers.demo.scenes import (
 )
 from qformers.errors import ConfigError, DataError
 
-FORMAT_VERSION = 3  # raise when the same settings come to mean other pictures or words
+FORMAT_VERSION = 4  # raise when the same settings come to mean other pictures or words
 SPLITS = ("train", "validation_concepts", "validation_scenes", "held_out_concepts", "held_out_scenes")
+TRAIN_PARTS = ("train_things", "train_scenes")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class DemoData:
     counts: dict[str, int]
 
     def records(self, split: str) -> Path:
-        """The JSONL file of one of `SPLITS`."""
+        """The JSONL file of one of `SPLITS` or `TRAIN_PARTS`."""
         return self.folder / f"{split}.jsonl"
 
 
@@ -158,7 +161,9 @@ def _write_all(
     list(pool.map(partial(_write_scenes, folder=folder, image_px=config.image_px), jobs))
     for name, planned in scenes.items():
         records.setdefault(name, []).extend(_scene_record(scene) for scene in planned)
-    for name in SPLITS:
+    records["train_things"] = [record for record in records["train"] if record["kind"] != "scene"]
+    records["train_scenes"] = [record for record in records["train"] if record["kind"] == "scene"]
+    for name in (*SPLITS, *TRAIN_PARTS):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records.setdefault(name, []))
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return records

@@ -29,6 +29,8 @@ class DemoSize:
     num_queries: int
     rerank: int
     itm_fraction: float
+    scenes_share: float
+    captioned_scenes_share: float
     t5_steps: int
     captioning_steps: dict[LanguageModelName, int]
     captioning_batch_size: int
@@ -38,15 +40,17 @@ class DemoSize:
 
 STANDARD = DemoSize(
     data=DemoDataConfig(),
-    steps=520,
-    itc_steps=200,
-    batch_size=128,
+    steps=560,
+    itc_steps=280,
+    batch_size=64,
     image_px=126,
     num_queries=8,
     rerank=16,
-    itm_fraction=1.0,
+    itm_fraction=0.25,
+    scenes_share=0.4,
+    captioned_scenes_share=0.75,
     t5_steps=600,
-    captioning_steps={"smollm2": 400, "t5": 1500},
+    captioning_steps={"smollm2": 400, "t5": 900},
     captioning_batch_size=32,
     vqa_steps=400,
     vqa_test_pictures=None,  # all
@@ -61,6 +65,8 @@ SIZES: dict[Size, DemoSize] = {
         num_queries=8,
         rerank=8,
         itm_fraction=1.0,
+        scenes_share=0.4,
+        captioned_scenes_share=0.75,
         t5_steps=60,
         captioning_steps={"smollm2": 8, "t5": 8},
         captioning_batch_size=16,
@@ -126,6 +132,13 @@ def demo_recipe(
         checkpoint_every_steps=50,
         keep_checkpoints=1,
     )
+
+
+def with_scenes(recipe: TrainConfig, things: Path, scenes: Path, share: float) -> TrainConfig:
+    """The recipe with `share` of every batch scenes, the rest pictures of one thing, in the order of its features."""
+    one = recipe.data.train[0]
+    parts = [replace(one, path=str(things), weight=1 - share), replace(one, path=str(scenes), weight=share)]
+    return replace(recipe, data=replace(recipe.data, train=parts))
 
 
 def demo_captioning_recipe(

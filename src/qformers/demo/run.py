@@ -31,6 +31,7 @@ from qformers.demo.recipe import (
     Size,
     demo_captioning_recipe,
     demo_recipe,
+    with_scenes,
 )
 from qformers.demo.showcase import DemoRun, write_demo_report
 from qformers.demo.smollm2 import smollm2_folder
@@ -128,7 +129,9 @@ def run_demo(
     datasets = {name: _dataset(recipe, stores[name]) for name, recipe in recipes.items()}
     with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
         ridge = _ridge(datasets, stores, text_encoder)
-    result, scores = _stage1(sizes, recipes["train"], datasets, watch)
+    parts = data.records("train_things"), data.records("train_scenes")
+    stage1 = with_scenes(recipes["train"], *parts, sizes.scenes_share)
+    result, scores = _stage1(sizes, stage1, datasets, watch)
     speaker = smollm2 if language_model == "smollm2" else None
     speaker = speaker or _caption_t5(data, text_encoder, output, seed, sizes.t5_steps, watch)
     captioning = demo_captioning_recipe(
@@ -138,17 +141,16 @@ def run_demo(
         language_model=speaker,
         output=output / f"captioner_{language_model}",
     )
+    captioning = with_scenes(captioning, *parts, sizes.captioned_scenes_share)
     captions = _stage2(captioning, datasets["held_out_scenes"], data, watch)
     metrics: dict[str, Any] = {kind: _table(scores[kind], ridge[kind]) for kind in EVALUATED}
     metrics["captions"] = captions.metrics()
     answers = None
     if vqa:
         assert smollm2 is not None
-        answers = _vqa(sizes, recipes["train"], smollm2, output / "vqa", watch)
+        answers = _vqa(sizes, stage1, smollm2, output / "vqa", watch)
         metrics["vqa"] = answers.metrics()
-    demo = DemoRun(
-        output, size, sizes, seed, data, recipes["train"], result, captioning, metrics, skipped, sorted(folders)
-    )
+    demo = DemoRun(output, size, sizes, seed, data, stage1, result, captioning, metrics, skipped, sorted(folders))
     with watch.phase("report", "report.html and metrics.json"):
         shown = {kind: _dataset(recipes[f"held_out_{kind}"], None) for kind in EVALUATED}
         write_demo_report(demo, scores, captions, answers, shown, watch.seconds)
