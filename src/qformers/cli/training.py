@@ -12,8 +12,8 @@ from qformers.cli.command import Command, instance, recipe_options
 
 def _demo_options(parser: ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="A small run of at most 3 minutes.")
-    size.add_argument("--long", action="store_true", help="A longer run of at most an hour.")
+    size.add_argument("--quick", action="store_true", help="A small run of a few minutes.")
+    size.add_argument("--long", action="store_true", help="A longer run of about an hour.")
     parser.add_argument("--output", type=str, default="runs/demo", help="Folder of the report.")
     parser.add_argument(
         "--language_model",

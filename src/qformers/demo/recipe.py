@@ -19,7 +19,7 @@ VQA_IMAGE_PX = 98
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything. On 2 cores `standard` takes half an hour, `quick` 3 minutes, `long` an hour."""
+    """How much of everything. On 2 cores without bf16 `quick` takes minutes, `standard` half an hour, `long` one."""
 
     data: DemoDataConfig
     steps: int
@@ -61,7 +61,7 @@ SIZES: dict[Size, DemoSize] = {
         steps=20,
         itc_steps=5,
         batch_size=48,
-        image_px=126,
+        image_px=70,
         num_queries=8,
         rerank=8,
         itm_fraction=1.0,
@@ -74,7 +74,7 @@ SIZES: dict[Size, DemoSize] = {
         vqa_test_pictures=10,
     ),
     "standard": STANDARD,
-    "long": replace(STANDARD, steps=1500, itc_steps=400, captioning_steps={"smollm2": 1500, "t5": 4000}, vqa_steps=800),
+    "long": replace(STANDARD, steps=1200, itc_steps=600, captioning_steps={"smollm2": 1200, "t5": 1200}, vqa_steps=800),
 }
 
 
