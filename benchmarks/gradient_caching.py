@@ -127,7 +127,7 @@ def plot(whole: dict[int, int], cached: dict[int, int], micro: int, path: Path) 
     axes.set(xscale="log", ylim=(0, None), xlabel="pairs that ITC contrasts", ylabel="peak memory of a step, MB")
     axes.set_xticks(sorted({*whole, *cached}), [str(batch) for batch in sorted({*whole, *cached})])
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
 
 

@@ -35,5 +35,5 @@ def draw(name: str, result: dict[str, Any], file: Path) -> None:
             panel.plot(x_values[: len(values)], values, marker="o", label=line)
         panel.set(xlabel=x_label, ylabel=label, ylim=(0, None), title="" if ratios else name)
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(loc="upper left")
     figure.savefig(file, dpi=120)

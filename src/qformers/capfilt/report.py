@@ -81,7 +81,7 @@ def draw_scores(histograms: Mapping[str, list[int]], name: str, theme: Theme) ->
         axes.set_xlim(float(edges[used[0]]) - 0.05, float(edges[used[-1] + 1]) + 0.05)
     axes.set_title(f"Scores of the {name}", loc="left", fontsize=10, color=theme.text)
     axes.set_xlabel("score of the ranker", fontsize=8.5, color=theme.text)
-    axes.legend(frameon=False, fontsize=8, labelcolor=theme.text)
+    axes.legend(loc="upper left", frameon=False, fontsize=8, labelcolor=theme.text)
     return figure
 
 

@@ -39,7 +39,7 @@ def draw_loss(rows: Sequence[Mapping[str, float]], term: str, theme: Theme) -> F
             markersize=3.5,
             label="validation",
         )
-        axes.legend(frameon=False, fontsize=8, labelcolor=theme.text)
+        axes.legend(loc="upper right", frameon=False, fontsize=8, labelcolor=theme.text)
     axes.set_title(LOSS_NAMES.get(term, term), loc="left", fontsize=10, color=theme.text)
     axes.set_xlabel("step", fontsize=8.5, color=theme.text)
     axes.set_ylim(bottom=0)

@@ -60,7 +60,7 @@ def draw_curves(question: Question, results: Results) -> Figure:
     axes.set_xlabel("step of stage 2", fontsize=8.5, color=THEME.text)
     axes.set_ylabel(METRICS["lm"], fontsize=8.5, color=THEME.text)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, labelcolor=THEME.text)
+        axes.legend(loc="upper right", frameon=False, fontsize=8, labelcolor=THEME.text)
     return figure
 
 
