@@ -22,7 +22,7 @@ from qformers.data.text import CaptionTokenizer
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_best_ridge, pool_patches, ridge_similarities
 from qformers.demo.captions import DemoCaptions, caption_held_out_scenes
-from qformers.demo.dataset import DemoData, build_demo_dataset
+from qformers.demo.dataset import SPLITS, DemoData, build_demo_dataset
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
 from qformers.demo.recipe import (
     SIZES,
@@ -111,19 +111,7 @@ def run_demo(
         folders, skipped = fetch_pictures()
     with watch.phase("data", "emoji, stamps and composed scenes, split by concept"):
         data = build_demo_dataset(folders, output / "data", replace(sizes.data, seed=seed))
-    names = ("train", *(f"{part}_{kind}" for part in ("validation", "held_out") for kind in EVALUATED))
-    recipes = {
-        name: demo_recipe(
-            sizes,
-            encoder=encoder,
-            text_encoder=text_encoder,
-            source=data.records(name),
-            features=output / "features" / name,
-            output=output / "run",
-            seed=seed,
-        )
-        for name in names
-    }
+    recipes = _recipes(sizes, data, encoder, text_encoder, output, seed)
     with watch.phase("features", "frozen DINOv2-small over all pictures, once"):
         stores = {name: precompute(recipe) for name, recipe in recipes.items()}
     datasets = {name: _dataset(recipe, stores[name]) for name, recipe in recipes.items()}
@@ -159,6 +147,24 @@ def run_demo(
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     console.print(f"report: {output / 'report.html'}", highlight=False)
     return metrics
+
+
+def _recipes(
+    sizes: DemoSize, data: DemoData, encoder: Path, text_encoder: Path, output: Path, seed: int
+) -> dict[str, TrainConfig]:
+    """The stage-1 recipe with each split in turn as its pictures: all have features, the first is trained on."""
+    return {
+        name: demo_recipe(
+            sizes,
+            encoder=encoder,
+            text_encoder=text_encoder,
+            source=data.records(name),
+            features=output / "features" / name,
+            output=output / "run",
+            seed=seed,
+        )
+        for name in SPLITS
+    }
 
 
 def _stage1(
