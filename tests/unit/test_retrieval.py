@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from qformers.data.dataset import CaptionDataset
 from qformers.errors import ConfigError, DataError
 from qformers.evaluation import run
-from qformers.evaluation.rerank import check_rule, pair_scores, rerank, shortlist
+from qformers.evaluation.rerank import check_rule, likeliest_itm_weight, pair_scores, rerank, shortlist
 from qformers.evaluation.retrieval import chance_metrics, metrics_of_ranks, retrieval_metrics
-from qformers.evaluation.run import ITM_WEIGHTS
 from qformers.models.stage1 import Stage1Model
 
 
@@ -175,8 +174,20 @@ def test_reranking_refuses_what_it_cannot_do():
         rerank(np.eye(2), own, lambda i, t: np.zeros(5), k=1)
 
 
-@pytest.mark.parametrize("opinion, chosen", [(1.0, max(ITM_WEIGHTS)), (-1.0, min(ITM_WEIGHTS))])
-def test_itm_weighs_as_much_as_is_best_on_validation(opinion, chosen, monkeypatch):
+@pytest.mark.parametrize("use", [0.0, 0.5, 1.5])
+def test_the_likeliest_itm_weight_is_that_of_the_likelihood_ratio(use):
+    """Both heads see unit noise, on right pairs a bump of 1 and of `use`: by Neyman and Pearson the best score is
+    1 · ITC + `use` · ITM. 0.15 is three standard errors at 800 queries."""
+    rng = np.random.default_rng(0)
+    own = np.arange(400)
+    itc, log_odds = (rng.standard_normal((400, 400)) + bump * np.eye(400) for bump in (1, use))
+    assert likeliest_itm_weight(3 * itc, 3 * log_odds, own) == pytest.approx(use, abs=0.15)
+    log_odds[rng.random((400, 400)) < 0.5] = -np.inf  # ITM scores a shortlist
+    assert likeliest_itm_weight(itc, log_odds, own) == pytest.approx(use, abs=0.2)
+
+
+@pytest.mark.parametrize("opinion", [1.0, -1.0])
+def test_itm_weighs_what_validation_speaks_for(opinion, monkeypatch):
     """ITC puts each picture's text behind the next one's: an ITM that is right mends it, one that is wrong does not."""
     own, scored = np.arange(6), []
     itc = torch.tensor(np.roll(np.eye(6), 1, axis=1) * 0.9 + np.eye(6) * 0.6)
@@ -188,5 +199,6 @@ def test_itm_weighs_as_much_as_is_best_on_validation(opinion, chosen, monkeypatc
     monkeypatch.setattr(run, "score_retrieval", lambda *_: run.RetrievalScores(["text"] * 6, own, itc, None, None))
     monkeypatch.setattr(run, "_match_logits", match_logits)
     model = Mock(spec=Stage1Model, temperature=torch.tensor(0.1))
-    assert run.best_itm_weight(model, Mock(spec=CaptionDataset), k=3) == chosen
+    weight = run.best_itm_weight(model, Mock(spec=CaptionDataset), k=3)
+    assert weight > 1.5 if opinion > 0 else weight == 0  # of 3 apart by ITC, 2 by ITM
     assert len(scored) == 1, "each pair is scored once for all weights"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qformers.errors import ConfigError, DataError
@@ -16,6 +17,7 @@ from qformers.evaluation.retrieval import checked, checked_owners, image_ranks, 
 Rule = Literal["itm", "itm+itc", "itm+itc/temperature"]
 ScorePairs = Callable[[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]], "np.ndarray | Tensor"]
 ROWS_AT_ONCE = 256
+LARGEST_ITM_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,51 @@ def pair_scores(
         return logits[:, 1] + cosines
     assert temperature is not None, "check_rule"
     return itm_weight * (logits[:, 1] - logits[:, 0]) + cosines / temperature
+
+
+def likeliest_itm_weight(
+    itc: Float[np.ndarray, "images texts"],
+    log_odds: Float[np.ndarray, "images texts"],
+    text_to_image: Int[np.ndarray, " texts"],
+) -> float:
+    """The weight w (0–4) of the conditional logit softmax(s · itc + s · w · log_odds) that is likeliest.
+
+    The softmax is over the candidates of a query that ITM has scored; queries of both directions count. It asks how
+    sure each query's right candidate is, where R@1 asks only whether it comes first, so some hundred queries are enough
+    to tell whether ITM adds anything. 0 says that it does not.
+
+    Args:
+        itc: cosine / temperature.
+        log_odds: of a match by ITM; -inf for pairs that it has not scored. Queries whose right candidates are all
+            among those say nothing.
+    """
+    scored = torch.from_numpy(np.isfinite(log_odds))
+    right = torch.from_numpy(text_to_image == np.arange(len(itc))[:, None]) & scored
+    heads = torch.stack([torch.from_numpy(itc), torch.from_numpy(log_odds).where(scored, 0)])
+    scales = torch.tensor([1.0, 0.0], dtype=heads.dtype, requires_grad=True)
+    optimiser = torch.optim.LBFGS([scales], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        scores = torch.tensordot(scales, heads, dims=1).where(scored, -torch.inf)
+        shares = torch.cat([_log_share(scores, right), _log_share(scores.T, right.T)])
+        # The penalty keeps the scales finite where the right candidates are ahead of all others already.
+        value = 1e-4 * scales.square().sum() - shares.mean()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    of_itc, of_itm = scales.tolist()
+    return min(max(of_itm, 0.0) / max(of_itc, 1e-9), LARGEST_ITM_WEIGHT)
+
+
+def _log_share(
+    scores: Float[Tensor, "queries candidates"], right: Bool[Tensor, "queries candidates"]
+) -> Float[Tensor, " known"]:
+    """The log of the softmax's share that a query's right candidates have, for queries with one."""
+    known = right.any(dim=1)
+    scores, right = scores[known], right[known]
+    return scores.where(right, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)
 
 
 def check_rule(rule: str, temperature: float | None = 1.0) -> None:

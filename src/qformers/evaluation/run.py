@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,12 @@ from qformers.data.text import CaptionTokenizer
 from qformers.data.transforms import transform_for
 from qformers.errors import CheckpointError, DataError
 from qformers.evaluation.pictures import patch_batches, patches_of
-from qformers.evaluation.rerank import Reranked, Rule, check_rule, rerank
-from qformers.evaluation.retrieval import metrics_of_ranks, retrieval_metrics
+from qformers.evaluation.rerank import Reranked, Rule, check_rule, likeliest_itm_weight, rerank
+from qformers.evaluation.retrieval import metrics_of_ranks, retrieval_metrics, to_numpy
 from qformers.evaluation.score_file import ScoreFile, score_key
 from qformers.evaluation.scoring import Pairs, TextBatch, image_features, itc_similarities, match_parts, text_features
 from qformers.models.stage1 import Stage1Model
 from qformers.models.tensors import fingerprint
-
-ITM_WEIGHTS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -130,28 +128,19 @@ def score_retrieval(
     return RetrievalScores(captions.texts, captions.text_to_image, similarities, reranked, reranking)
 
 
-def best_itm_weight(
-    model: Stage1Model, validation: CaptionDataset, k: int, weights: Sequence[float] = ITM_WEIGHTS
-) -> float:
-    """The weight of ITM beside ITC (rule "itm+itc/temperature") that re-ranks `validation` best.
-
-    Best is R@1 over both directions, and of equals the mean of all recalls. Each pair is scored once for all `weights`.
-    """
+def best_itm_weight(model: Stage1Model, validation: CaptionDataset, k: int) -> float:
+    """The weight of ITM beside ITC (rule "itm+itc/temperature") that the pictures and texts of `validation` speak for:
+    `likeliest_itm_weight` of the pairs that re-ranking their `k` best scores."""
     found = score_retrieval(model, validation)
-    logits: list[Float[np.ndarray, "pairs 2"]] = []
+    log_odds = np.full(found.itc.shape, -np.inf)
 
     def scored(images: np.ndarray, texts: np.ndarray) -> Float[np.ndarray, "pairs 2"]:
-        if not logits:
-            logits.append(_match_logits(model, validation, found.texts, (images, texts), None))
-        return logits[0]
+        logits = _match_logits(model, validation, found.texts, (images, texts), None)
+        log_odds[images, texts] = logits[:, 1] - logits[:, 0]
+        return logits
 
-    def recalls(weight: float) -> tuple[float, float]:
-        temperature = model.temperature.item()
-        order = rerank(found.itc, found.text_to_image, scored, k, "itm+itc/temperature", temperature, weight)
-        metrics = metrics_of_ranks(order.i2t.ranks, order.t2i.ranks)
-        return metrics["i2t_r1"] + metrics["t2i_r1"], metrics["mean_recall"]
-
-    return max(weights, key=recalls)
+    rerank(found.itc, found.text_to_image, scored, k)
+    return likeliest_itm_weight(to_numpy(found.itc) / model.temperature.item(), log_odds, found.text_to_image)
 
 
 def _match_logits(
