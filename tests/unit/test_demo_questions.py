@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from qformers.data.config import SourceConfig
 from qformers.data.questions import open_questions
 from qformers.demo import questions
 from qformers.demo.config import SceneQuestionsConfig
-from qformers.demo.questions import CELLS, COLOURS, ask_of, draw_things, write_easy_vqa, write_scene_questions
+from qformers.demo.questions import CELLS, COLOURS, KINDS, ask_of, draw_things, write_easy_vqa, write_scene_questions
+from qformers.demo.small_t5 import scene_example
 from qformers.errors import ConfigError, DataError
 
 NAMES = [f"thing{number}" for number in range(8)]
@@ -58,6 +60,27 @@ def test_answers_are_true_of_the_things():
         assert (question.split()[-1].rstrip("?") in counts) == (whether == "yes")
 
 
+def test_what_the_t5_reads_says_what_it_is_to_answer():
+    rng, kinds = np.random.default_rng(2), set()
+    for _ in range(300):
+        read, answer = scene_example(NAMES, KINDS, rng)
+        captions, question = re.fullmatch(r"(.*)\. Question: (.*)\? Answer:", read).groups()
+        facts = [re.fullmatch(r"(\w+) on (\w+) (.*)", caption).groups() for caption in captions.split(", ")]
+        asked = question.split()[-1]
+        if question.startswith("what colour"):
+            assert [colour for name, colour, _ in facts if name == asked] == [answer]
+        elif question.startswith("where"):
+            assert [cell for name, _, cell in facts if name == asked] == [answer]
+        elif question.startswith("what is in"):
+            assert [name for name, _, cell in facts if question.endswith(f"the {cell}")] == [answer]
+        elif question.startswith("how many"):
+            assert sum(name == asked for name, _, _ in facts) == int(answer)
+        else:
+            assert (asked in [name for name, _, _ in facts]) == (answer == "yes")
+        kinds.add(question.split()[1])
+    assert kinds == {"colour", "is", "many", "there"}
+
+
 @pytest.fixture
 def folders(tmp_path) -> dict[str, Path]:
     """Stamps as their package lays them out: discs with a caption each."""
@@ -90,6 +113,8 @@ def test_scenes_are_drawn_as_asked_and_read_as_questions(folders, tmp_path):
             assert np.abs(seen - np.array(COLOURS[row["answers"][0]])).max() < 40
             colours += 1
     assert colours > 0
+    captions = [json.loads(line) for line in (tmp_path / "a" / "test_captions.jsonl").read_text().splitlines()]
+    assert [len(row["captions"]) for row in captions] == [4] * 4
     write_scene_questions(folders, tmp_path / "b", config)
     for path in sorted((tmp_path / "a").rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()

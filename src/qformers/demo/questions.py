@@ -1,6 +1,7 @@
 """Questions whose answers are known: easy-VQA from its package, and scenes made for questions of every kind.
 
     train.jsonl, test.jsonl      {image, image_id, question, question_id, answers, answer_type}
+    <part>_captions.jsonl        {image, image_id, captions}, of scenes: a caption of each thing
     images/…                     of scenes; easy-VQA's stay where they were unpacked
 
 A scene has four cells, each with a thing on a card of some colour. One thing stands in one, two or three of them, the
@@ -36,7 +37,8 @@ COLOURS = {
     "black": (25, 25, 25), "white": (250, 250, 250),
 }  # fmt: skip
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("colour", "where", "what", "how many", "yes/no")
+ONE_THING = ("colour", "where", "what")
+KINDS = (*ONE_THING, "how many", "yes/no")
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,19 @@ def write_scene_questions(folders: dict[str, Path], output: Path, config: SceneQ
     with atomic_folder(output) as folder:
         (folder / "images").mkdir()
         for part, scenes in (("train", config.scenes), ("test", config.test_scenes)):
-            records = []
+            records, captions = [], []
             for number in range(scenes):
                 image_id = f"{part}-{number:05d}"
                 things = draw_things(sorted(cutouts), rng)
                 scene = _scene(image_id, things, cutouts, grounds, config.image_px, rng)
                 image = draw_scene(scene, grounds, config.image_px)
                 image.save(folder / "images" / f"{image_id}.jpg", quality=92, subsampling=0)
+                picture = {"image": f"images/{image_id}.jpg", "image_id": image_id}
+                captions.append(picture | {"captions": thing_captions(things)})
                 for kind, question, answer in ask_of(things, sorted(cutouts), rng):
                     records.append(
                         {
-                            "image": f"images/{image_id}.jpg",
-                            "image_id": image_id,
+                            **picture,
                             "question": question,
                             "question_id": f"{image_id}-{kind.replace(' ', '-').replace('/', '-')}",
                             "answers": [answer],
@@ -121,6 +124,7 @@ def write_scene_questions(folders: dict[str, Path], output: Path, config: SceneQ
                         }
                     )
             counts[part] = _write(folder / f"{part}.jsonl", records)
+            _write(folder / f"{part}_captions.jsonl", captions)
     return counts
 
 
@@ -134,6 +138,21 @@ def draw_things(names: list[str], rng: np.random.Generator) -> list[Thing]:
     return [
         Thing(name, int(cell), palette[colour]) for name, cell, colour in zip(standing, cells, colours, strict=True)
     ]
+
+
+def thing_captions(things: list[Thing]) -> list[str]:
+    """A caption of each thing, "poodle on red top left": all that can be asked, one thing at a time."""
+    return [f"{thing.name} on {thing.colour} {CELLS[thing.cell]}" for thing in things]
+
+
+def asked_caption(question: str, captions: list[str]) -> str:
+    """Of `thing_captions` the one that answers a question about one thing (`ONE_THING`)."""
+    for caption in captions:
+        name, place = caption.rsplit(" on ", 1)
+        cell = place.split(" ", 1)[1]
+        if question.endswith((f" the {name}?", f" the {cell}?")):
+            return caption
+    raise ValueError(f"{question!r} is about none of {captions}")
 
 
 def ask_of(things: list[Thing], names: list[str], rng: np.random.Generator) -> list[tuple[str, str, str]]:

@@ -210,7 +210,7 @@ def _vqa(sizes: DemoSize, stage1: TrainConfig, language_model: Path, folder: Pat
 
 def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, steps: int, watch: Stopwatch) -> Path:
     """The demo's own encoder-decoder, taught the training captions."""
-    from qformers.demo.caption_t5 import caption_t5_folder
+    from qformers.demo.small_t5 import caption_t5_folder
 
     with watch.phase("language_model", "a small T5 learns the training captions, then is frozen"):
         lines = data.records("train").read_text(encoding="utf-8").splitlines()

@@ -52,10 +52,10 @@ def demo_inputs(output: Path, size: StudySize, captioner: LanguageModelName) -> 
         DataError: the assets cannot be had, or `output` holds data of other settings.
     """
     from qformers.demo.assets import fetch_pictures
-    from qformers.demo.caption_t5 import caption_t5_folder
     from qformers.demo.dataset import build_demo_dataset
     from qformers.demo.dinov2 import dinov2_folder, minilm_folder
     from qformers.demo.questions import write_easy_vqa
+    from qformers.demo.small_t5 import caption_t5_folder
     from qformers.demo.smollm2 import smollm2_folder
 
     data, questions = build_demo_dataset(fetch_pictures()[0], output / "captions", size.demo.data), output / "questions"
