@@ -13,7 +13,6 @@ from measure import Result, alternate, flops, machine, peak_bytes, peak_fraction
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from qformers.models.config import ModelConfig
 from qformers.models.vision import build_vision_encoder
 from qformers.training.loop import keep_freed_memory
 
@@ -30,7 +29,7 @@ def run() -> Result:
     theirs = CLIPVisionModel(LARGE).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = build_vision_encoder(ModelConfig(vision_encoder=folder)).requires_grad_(False)
+        ours = build_vision_encoder(folder).requires_grad_(False)
     pixels = torch.randn(BATCH, 3, ours.image_px, ours.image_px)
 
     @torch.inference_mode()
