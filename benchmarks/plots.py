@@ -33,7 +33,9 @@ def draw(name: str, result: dict[str, Any], file: Path) -> None:
     for panel, (label, lines) in zip(axes, curves.items(), strict=False):
         for line, values in lines.items():
             panel.plot(x_values[: len(values)], values, marker="o", label=line)
-        panel.set(xlabel=x_label, ylabel=label, ylim=(0, None), title="" if ratios else name)
+        highest = max(max(values) for values in lines.values())
+        # Room above the curves for the legend, which lies over none of them then.
+        panel.set(xlabel=x_label, ylabel=label, ylim=(0, 1.35 * highest), title="" if ratios else name)
         panel.grid(alpha=0.3)
         panel.legend(loc="upper left")
     figure.savefig(file, dpi=120)
