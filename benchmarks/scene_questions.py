@@ -22,20 +22,16 @@ from statistics import mean
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from qformers.convert.run import open_model
 from qformers.data.config import SourceConfig
-from qformers.data.questions import open_questions
-from qformers.data.transforms import transform_for
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.config import SceneQuestionsConfig
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
 from qformers.demo.questions import ONE_THING, asked_caption, write_scene_questions
 from qformers.demo.recipe import STANDARD, VQA_IMAGE_PX, demo_recipe, demo_vqa_recipe
 from qformers.demo.small_t5 import scene_t5_folder
-from qformers.evaluation.answering import answer_questions
-from qformers.evaluation.captioning import Captioner
+from qformers.demo.vqa import greedy_answers, read_rows
 from qformers.evaluation.vqa_metrics import score_answers
-from qformers.models.config import GenerationSettings, LanguageConfig, QFormerReads
+from qformers.models.config import LanguageConfig, QFormerReads
 from qformers.training.config import TrainConfig
 from qformers.training.features import precompute
 from qformers.training.loop import train
@@ -85,19 +81,14 @@ def questions_of(options: argparse.Namespace) -> Path:
         config = SceneQuestionsConfig(options.scenes, options.test_scenes, options.things)
         write_scene_questions(fetch_pictures()[0], data, config)
     for part in ("train", "test"):
-        rows = [row for row in rows_of(data / f"{part}.jsonl") if row["answer_type"] in ONE_THING]
+        rows = [row for row in read_rows(data / f"{part}.jsonl") if row["answer_type"] in ONE_THING]
         (data / f"{part}_one_thing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return data
 
 
-def rows_of(file: Path) -> list[dict]:
-    """Rows of a JSONL file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def names_of(data: Path) -> list[str]:
     """The things that stand in the scenes."""
-    return sorted({row["answers"][0] for row in rows_of(data / "train.jsonl") if row["answer_type"] == "what"})
+    return sorted({row["answers"][0] for row in read_rows(data / "train.jsonl") if row["answer_type"] == "what"})
 
 
 def answerer(options: argparse.Namespace, data: Path) -> Path:
@@ -158,15 +149,7 @@ def accuracy(recipe: TrainConfig, data: Path) -> dict[str, float]:
     if not kept.exists():
         source = SourceConfig(path=str(data / "test_one_thing.jsonl"))
         features = str(Path(recipe.output).parent / "features" / "test_one_thing")
-        shown = replace(recipe, data=replace(recipe.data, train=[source], features=features))
-        captioner = Captioner.of(open_model(Path(recipe.output) / "model"))
-        answered = answer_questions(
-            captioner,
-            open_questions(source).records,
-            transform_for(captioner.model.vision_encoder, recipe.data.transform),
-            GenerationSettings.for_answers(num_beams=1, length_penalty=1.0),
-            features=precompute(shown),
-        )
+        answered, _ = greedy_answers(replace(recipe, data=replace(recipe.data, train=[source], features=features)))
         kept.write_text(json.dumps(answered.metrics("exact")), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
@@ -176,8 +159,8 @@ def text_accuracy(folder: Path, data: Path, all_captions: bool) -> dict[str, flo
     """The T5 on the test questions with true captions for visual prompts: all four, or the one asked about."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    captions = {row["image_id"]: row["captions"] for row in rows_of(data / "test_captions.jsonl")}
-    rows, answers = rows_of(data / "test_one_thing.jsonl"), []
+    captions = {row["image_id"]: row["captions"] for row in read_rows(data / "test_captions.jsonl")}
+    rows, answers = read_rows(data / "test_one_thing.jsonl"), []
     texts = []
     for row in rows:
         known = captions[row["image_id"]]
@@ -194,7 +177,7 @@ def text_accuracy(folder: Path, data: Path, all_captions: bool) -> dict[str, flo
 
 def majority(data: Path) -> dict[str, float]:
     """The commonest training answer to each kind of question."""
-    train, test = rows_of(data / "train_one_thing.jsonl"), rows_of(data / "test_one_thing.jsonl")
+    train, test = read_rows(data / "train_one_thing.jsonl"), read_rows(data / "test_one_thing.jsonl")
     said = {
         kind: Counter(row["answers"][0] for row in train if row["answer_type"] == kind).most_common(1)[0][0]
         for kind in ONE_THING

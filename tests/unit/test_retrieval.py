@@ -184,6 +184,8 @@ def test_the_likeliest_itm_weight_is_that_of_the_likelihood_ratio(use):
     assert likeliest_itm_weight(3 * itc, 3 * log_odds, own) == pytest.approx(use, abs=0.15)
     log_odds[rng.random((400, 400)) < 0.5] = -np.inf  # ITM scores a shortlist
     assert likeliest_itm_weight(itc, log_odds, own) == pytest.approx(use, abs=0.2)
+    np.fill_diagonal(log_odds, -np.inf)
+    assert likeliest_itm_weight(itc, log_odds, own) == 0  # no right pair was scored: nothing speaks for ITM
 
 
 @pytest.mark.parametrize("opinion", [1.0, -1.0])

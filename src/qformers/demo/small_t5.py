@@ -33,7 +33,6 @@ LOGGED_STEPS = 100
 
 logger = logging.getLogger(__name__)
 
-
 Draw = Callable[[np.random.Generator], tuple[str, str]]
 """A text to read, and what to say to it."""
 

@@ -31,7 +31,7 @@ from qformers.data.questions import open_questions
 from qformers.data.transforms import transform_for
 from qformers.demo.questions import write_easy_vqa
 from qformers.demo.recipe import DemoSize, demo_vqa_recipe
-from qformers.evaluation.answering import answer_questions
+from qformers.evaluation.answering import Answered, answer_questions
 from qformers.evaluation.captioning import Captioner
 from qformers.evaluation.vqa_metrics import score_answers
 from qformers.models.config import GenerationSettings, QFormerReads
@@ -135,18 +135,28 @@ def answer_arm(folder: Path, recipe: TrainConfig, arm: str) -> ArmAnswers:
     pictures = ARMS[arm].pictures
     source = SourceConfig(path=str(folder / pictures / "test.jsonl"))
     shown = replace(recipe.data, train=[source], features=str(folder / "features" / f"{pictures}_test"))
-    captioner = Captioner.of(open_model(model))
-    answered = answer_questions(
-        captioner,
-        open_questions(source).records,
-        transform_for(captioner.model.vision_encoder, recipe.data.transform),
-        GenerationSettings.for_answers(num_beams=1, length_penalty=1.0),
-        features=precompute(replace(recipe, data=shown)),
-    )
-    trained = sum(weight.numel() for weight in captioner.model.parameters() if weight.requires_grad)
+    answered, trained = greedy_answers(replace(recipe, data=shown))
     said = {"weights": weights, "answers": answered.answers, "trained_parameters": trained}
     kept.write_text(json.dumps(said), encoding="utf-8")
     return ArmAnswers(answered.answers, trained)
+
+
+def greedy_answers(shown: TrainConfig) -> tuple[Answered, int]:
+    """What a trained run answers, and how many weights it trained.
+
+    Args:
+        shown: the run's recipe, with the questions and the folder of their pictures' features in place of those that it
+            was trained on; features that are not there are precomputed.
+    """
+    captioner = Captioner.of(open_model(Path(shown.output) / "model"))
+    answered = answer_questions(
+        captioner,
+        open_questions(shown.data.train[0]).records,
+        transform_for(captioner.model.vision_encoder, shown.data.transform),
+        GenerationSettings.for_answers(num_beams=1, length_penalty=1.0),
+        features=precompute(shown),
+    )
+    return answered, sum(weight.numel() for weight in captioner.model.parameters() if weight.requires_grad)
 
 
 def gather_answers(folder: Path, arms: dict[str, ArmAnswers]) -> DemoAnswers:

@@ -143,10 +143,12 @@ def likeliest_itm_weight(
     Args:
         itc: cosine / temperature.
         log_odds: of a match by ITM; -inf for pairs that it has not scored. Queries whose right candidates are all
-            among those say nothing.
+            among those say nothing; where all are, the weight is 0.
     """
     scored = torch.from_numpy(np.isfinite(log_odds))
     right = torch.from_numpy(text_to_image == np.arange(len(itc))[:, None]) & scored
+    if not right.any():
+        return 0.0
     heads = torch.stack([torch.from_numpy(itc), torch.from_numpy(log_odds).where(scored, 0)])
     scales = torch.tensor([1.0, 0.0], dtype=heads.dtype, requires_grad=True)
     optimiser = torch.optim.LBFGS([scales], max_iter=50, line_search_fn="strong_wolfe")

@@ -22,16 +22,13 @@ from qformers.convert.run import open_model
 from qformers.data.config import SourceConfig
 from qformers.data.dataset import CaptionDataset
 from qformers.data.images import load_image
-from qformers.data.questions import open_questions
 from qformers.data.sources import open_source
 from qformers.data.text import CaptionTokenizer
-from qformers.data.transforms import transform_for
 from qformers.demo.captions import SETTINGS, object_recall
 from qformers.demo.recipe import LanguageModelName, demo_captioning_recipe, demo_recipe, demo_vqa_recipe
-from qformers.evaluation.answering import answer_questions
+from qformers.demo.vqa import greedy_answers
 from qformers.evaluation.captioning import Captioner, caption_dataset
 from qformers.evaluation.run import Reranking, score_retrieval
-from qformers.models.config import GenerationSettings
 from qformers.models.saving import save_model
 from qformers.precision import autocast
 from qformers.study.arms import BASE, CAPTIONS, CONTRAST, Arm
@@ -236,14 +233,7 @@ def _captions(bench: Bench, config: TrainConfig) -> dict[str, float]:
 def _answers(bench: Bench, config: TrainConfig) -> dict[str, float]:
     source = SourceConfig(str(bench.part("asked")))
     shown = replace(config, data=replace(config.data, train=[source]))
-    captioner = Captioner.of(open_model(Path(config.output) / "model"))
-    found = answer_questions(
-        captioner,
-        open_questions(source).records,
-        transform_for(captioner.model.vision_encoder, config.data.transform),
-        GenerationSettings.for_answers(num_beams=1, length_penalty=1.0),
-        features=precompute(with_features(bench, shown, "asked")),
-    )
+    found, _ = greedy_answers(with_features(bench, shown, "asked"))
     return found.metrics("exact")
 
 
