@@ -226,6 +226,10 @@ def test_weighted_sources_keep_groups_together_and_are_mixed_in_a_batch(make):
         for start in (0, 12):
             rows = [index - start for index in batch if start <= index < start + 12]
             assert len(rows) == 4 and len({scenes[row] for row in rows}) == 2
+    turns = make_loader(first, 4, together_column="scene", stop_step=6, whole_batches=True)
+    batches = [[index for _, index in batch] for batch in turns.batch_sampler]
+    assert [{index >= 12 for index in batch} for batch in batches] == [{False}, {True}] * 3
+    assert all(len({scenes[index % 12] for index in batch}) == 2 for batch in batches)
 
 
 def test_sampler_refuses_what_cannot_be():

@@ -26,6 +26,7 @@ from qformers.data.sampling import EpochSampler, MixtureSampler, Part
 from qformers.data.shards import RecordList, ShardRecords
 from qformers.data.sources import open_source
 from qformers.errors import ConfigError, DataError
+from qformers.training.config import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -200,8 +201,8 @@ def test_a_process_reads_few_shards():
         assert len({index // 10 for keys in steps for _, index in keys}) == 16
 
 
-@given(st.lists(st.integers(1, 40), min_size=2, max_size=3), st.data())
-def test_weights_decide_the_shares_and_every_source_keeps_its_epochs(lengths, data):
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=3), st.booleans(), st.data())
+def test_weights_decide_the_shares_and_every_source_keeps_its_epochs(lengths, whole_batches, data):
     weights = data.draw(st.lists(st.floats(0.2, 5), min_size=len(lengths), max_size=len(lengths)))
     world = data.draw(st.sampled_from([1, 2, 4]))
     firsts = np.cumsum([0, *lengths])[:-1]
@@ -211,22 +212,34 @@ def test_weights_decide_the_shares_and_every_source_keeps_its_epochs(lengths, da
     ]
     batch = 4 * -(-int(np.ceil(sum(weights) / min(weights))) // 4)
     steps = 25
-    alone = list(MixtureSampler(parts, batch, 3, stop_step=steps, buffer=5))
-    ranks = [MixtureSampler(parts, batch, 3, 10, steps, rank, world, 5) for rank in range(world)]
+    alone = list(MixtureSampler(parts, batch, 3, stop_step=steps, buffer=5, whole_batches=whole_batches))
+    ranks = [MixtureSampler(parts, batch, 3, 10, steps, rank, world, 5, whole_batches) for rank in range(world)]
     assert [list(itertools.chain(*each)) for each in zip(*ranks, strict=True)] == alone[10:]
     for part, weight in zip(parts, weights, strict=True):
         inside = range(part.first, part.first + part.length)
         seen = [(epoch, index) for keys in alone for epoch, index in keys if index in inside]
-        assert len(seen) == pytest.approx(steps * batch * weight / sum(weights), abs=1)
+        turn = batch if whole_batches else 1
+        assert len(seen) == pytest.approx(steps * batch * weight / sum(weights), abs=turn)
+        assert len(seen) % turn == 0
         counts = Counter(seen)
         assert set(counts.values()) == {1}
         whole_epochs = len(seen) // part.length
         assert all((epoch, index) in counts for epoch in range(whole_epochs) for index in inside)
+        if whole_batches:
+            assert {sum(index in inside for _, index in keys) for keys in alone} <= {0, batch}
 
 
-def test_a_weight_below_one_row_of_a_batch_is_refused():
+def test_a_weight_below_one_row_of_a_batch_is_refused_unless_sources_take_turns():
+    parts = [Part(0, 9, None, 9.0), Part(9, 9, None, 1.0)]
     with pytest.raises(ConfigError, match=r"source 2 has 0\.1 of the weight, 0\.8 rows of a batch of 8"):
-        MixtureSampler([Part(0, 9, None, 9.0), Part(9, 9, None, 1.0)], 8)
+        MixtureSampler(parts, 8)
+    turns = [keys[0][1] >= 9 for keys in MixtureSampler(parts, 8, stop_step=20, whole_batches=True)]
+    assert sum(turns) == 2
+
+
+def test_sources_without_weights_cannot_take_turns():
+    with pytest.raises(ConfigError, match="mix_by is batches: sources take turns by their weights, give each one"):
+        DataConfig(train=[SourceConfig("a.jsonl"), SourceConfig("b.jsonl")], mix_by="batches")
 
 
 def test_tables_and_shards_side_by_side(tmp_path):

@@ -37,8 +37,8 @@ class SourceConfig:
     stream: bool = False
     """To train: read tars and parquet files where they are and copy nothing. `path` may be a URL (s3://, hf://, …)."""
     weight: float | None = None
-    """To train: this source's share of every batch, relative to the others'; all of them need one then. Without weights
-    the sources are read as one."""
+    """To train: this source's share of every batch, or of the batches (`data.mix_by`), relative to the others'; all of
+    them need one then. Without weights the sources are read as one."""
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight <= 0:

@@ -253,11 +253,13 @@ def make_loader(
     world_size: int = 1,
     shuffle_buffer: int = 0,
     together_column: str | None = None,
+    whole_batches: bool = False,
 ) -> DataLoader:
     """Training batches up to `stop_step`: the same ones, in the same order, with any number of worker processes.
 
     Batches are those of `EpochSampler`, or of `MixtureSampler` if the sources have weights; `shuffle_buffer` is of
-    streamed ones. Records with the same value in `together_column` stay side by side, in one batch unless it is full.
+    streamed ones; `whole_batches` are of sources with weights. Records with the same value in `together_column` stay
+    side by side, in one batch unless it is full.
 
     Without `stop_step` there is no end, and workers are then stopped in the middle of their work, which one may
     leave by aborting: its queue's thread can still be handing over a batch when its interpreter goes.
@@ -279,7 +281,7 @@ def make_loader(
             whole.length, batch_size, seed, pieces=whole.pieces, buffer=buffer, groups=whole.groups, **where
         )
     else:
-        sampler = MixtureSampler(parts, batch_size, seed, buffer=buffer, **where)
+        sampler = MixtureSampler(parts, batch_size, seed, buffer=buffer, whole_batches=whole_batches, **where)
     return DataLoader(
         cast(TorchDataset, dataset),
         batch_sampler=sampler,

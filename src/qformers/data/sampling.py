@@ -118,9 +118,11 @@ class EpochSampler:
 
 
 class MixtureSampler:
-    """Batches of (epoch, index) in which each part has its share by weight, to within a row, in every batch.
+    """Batches of (epoch, index) in which each part has its share by weight.
 
-    Within a batch the parts are mixed: ITM, where it scores a fraction of the rows, scores some of each.
+    Of every batch, to within a row, and in a random order: ITM, where it scores a fraction of the rows, scores some
+    of each. With `whole_batches` of all batches instead: each batch is of one part alone, the one whose share is most
+    behind.
 
     Each part goes through its own epochs, without end and with nothing left over: within one of them every record is
     seen once. The rest is as with `EpochSampler`.
@@ -137,19 +139,22 @@ class MixtureSampler:
         rank: int = 0,
         world_size: int = 1,
         buffer: int = 0,
+        whole_batches: bool = False,
     ) -> None:
         _check_slices(batch_size, world_size)
         weights = np.array([part.weight for part in parts], dtype=np.float64)
         shares = weights / weights.sum()
-        if shares.min() * batch_size < 1:
+        if shares.min() * batch_size < 1 and not whole_batches:
             rows = shares.min() * batch_size
             raise ConfigError(
                 f"source {int(shares.argmin()) + 1} has {shares.min():.3g} of the weight, {rows:.2g} rows of a batch "
                 f"of {batch_size}: it must be at least one, raise its weight or data.batch_size"
             )
         self.parts = parts
+        self.shares = shares
         self.bounds = [0.0, *np.cumsum(shares)[:-1].tolist(), 1.0]
         self.batch_size = batch_size
+        self.whole_batches = whole_batches
         self.seed = seed
         self.start_step = start_step
         self.stop_step = stop_step
@@ -162,13 +167,28 @@ class MixtureSampler:
         low, high = self.bounds[number : number + 2]
         return math.floor(high * step * self.batch_size) - math.floor(low * step * self.batch_size)
 
+    def _rows(self) -> Iterator[list[range]]:
+        """For each step, the rows of each part, counted from the start of its first epoch."""
+        if not self.whole_batches:
+            for step in _steps(self.start_step, self.stop_step):
+                yield [
+                    range(self.taken(number, step), self.taken(number, step + 1)) for number in range(len(self.parts))
+                ]
+            return
+        turns = np.zeros(len(self.parts), dtype=np.int64)
+        for step in _steps(0, self.stop_step):
+            before = turns * self.batch_size
+            turns[np.argmax(self.shares * (step + 1) - turns)] += 1
+            if step >= self.start_step:
+                yield [range(*rows) for rows in zip(before.tolist(), (turns * self.batch_size).tolist(), strict=True)]
+
     def __iter__(self) -> Iterator[list[Key]]:
         orders: dict[int, tuple[int, Int[np.ndarray, " records"]]] = {}
         lanes = [part.lanes(self.batch_size) for part in self.parts]
-        for step in _steps(self.start_step, self.stop_step):
+        for step, of_step in enumerate(self._rows(), self.start_step):
             keys, lane_of = [], []
-            for number, part in enumerate(self.parts):
-                for row in range(self.taken(number, step), self.taken(number, step + 1)):
+            for number, (part, rows) in enumerate(zip(self.parts, of_step, strict=True)):
+                for row in rows:
                     epoch, place = divmod(row, part.length)
                     if orders.get(number, (None,))[0] != epoch:
                         generator = entropy_generator(self.seed, epoch, number, 1)

@@ -50,6 +50,7 @@ def training_batches(
             world_size=accelerator.num_processes,
             shuffle_buffer=config.data.shuffle_buffer,
             together_column=config.data.together_column,
+            whole_batches=config.data.mix_by == "batches",
         )
         loader.worker_init_fn = _leave_signals_to_parent
         # Its own: a loader draws a number when it starts, which would shift the draws of a resumed run's step.

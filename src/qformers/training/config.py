@@ -21,6 +21,9 @@ class DataConfig:
     """Sources whose losses are measured every `evaluate_every_steps`."""
     shuffle_buffer: int = 10_000
     """Of streamed sources: their shards are shuffled, and a record comes by up to so many places sooner or later."""
+    mix_by: Literal["rows", "batches"] = "rows"
+    """Of sources with weights. rows: every batch has some of each; batches: each batch is of one source, and they take
+    turns, as LAVIS's loader does. Pairs are then contrasted with their like alone, which are the harder negatives."""
     together_column: str | None = None
     """Records that share this column's value stay side by side when an epoch is shuffled, and so meet in a batch: wrong
     pictures known to be hard, such as a scene and its mirror image, or the shots of one film. Without a value a record
@@ -56,6 +59,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.train: {weighted} of {len(self.train)} sources have a weight: give all of them one, or none"
             )
+        if self.mix_by == "batches" and not weighted:
+            raise ConfigError("data.mix_by is batches: sources take turns by their weights, give each one")
         if self.together_column is not None and any(source.stream for source in self.train):
             raise ConfigError(
                 "data.together_column: records of streamed sources cannot be kept together; leave out stream, or the "
