@@ -148,7 +148,8 @@ class MixtureSampler:
             rows = shares.min() * batch_size
             raise ConfigError(
                 f"source {int(shares.argmin()) + 1} has {shares.min():.3g} of the weight, {rows:.2g} rows of a batch "
-                f"of {batch_size}: it must be at least one, raise its weight or data.batch_size"
+                f"of {batch_size}: it must be at least one, raise its weight or data.batch_size, or set "
+                "data.mix_by to batches"
             )
         self.parts = parts
         self.shares = shares

@@ -22,8 +22,8 @@ class DataConfig:
     shuffle_buffer: int = 10_000
     """Of streamed sources: their shards are shuffled, and a record comes by up to so many places sooner or later."""
     mix_by: Literal["rows", "batches"] = "rows"
-    """Of sources with weights. rows: every batch has some of each; batches: each batch is of one source, and they take
-    turns, as LAVIS's loader does. Pairs are then contrasted with their like alone, which are the harder negatives."""
+    """Of sources with weights. rows: every batch has some of each; batches: each batch is of one source, as in
+    LAVIS, which draws it where here they take turns by weight. Pairs are then contrasted with their like alone."""
     together_column: str | None = None
     """Records that share this column's value stay side by side when an epoch is shuffled, and so meet in a batch: wrong
     pictures known to be hard, such as a scene and its mirror image, or the shots of one film. Without a value a record
