@@ -39,7 +39,7 @@ def main(
             transform=TransformConfig(image_px=built.image_px, flip=False),
         ),
         model=ModelConfig(encoder, text_encoder="sentence-transformers/all-MiniLM-L6-v2", preset=preset, num_queries=8),
-        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.1, warmup_steps=steps // 10),
+        optimiser=OptimiserConfig(lr=4e-4, text_lr_scale=0.1, warmup_steps=steps // 10),
         steps=steps,
         log_every_steps=10,
     )

@@ -40,7 +40,7 @@ def main(
             num_queries=8,
             standardise_patches=True,  # keeps the queries apart in a short run
         ),
-        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.1, warmup_steps=steps // 10),
+        optimiser=OptimiserConfig(lr=4e-4, text_lr_scale=0.1, warmup_steps=steps // 10),
         steps=steps,
         log_every_steps=10,
     )

@@ -17,7 +17,7 @@ def test_quick_demo_reports_every_method_on_held_out_pictures_and_can_be_run_aga
     assert main(arguments) == 0
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["concepts"]["candidates"] == 248
-    for kind in ("concepts", "scenes"):
+    for kind in ("concepts", "scenes", "scenes_finetuned"):
         for method in ("qformer", "qformer_reranked", "ridge", "chance"):
             assert all(0 <= metrics[kind][method][recall] <= 1 for recall in RECALLS)
         assert metrics[kind]["ridge"]["mean_recall"] > 3 * metrics[kind]["chance"]["mean_recall"]

@@ -15,7 +15,7 @@ class DemoDataConfig:
     """
 
     concept_views: int = 2
-    scenes: int = 2600
+    scenes: int = 5000
     scene_objects: int = 50
     held_out_scenes: int = 300
     validation_scenes: int = 100

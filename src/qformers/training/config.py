@@ -82,9 +82,9 @@ class OptimiserConfig:
     """Peak learning rate."""
     min_lr: float = 1e-5
     """Where the cosine ends. LAVIS's; the paper gives a floor for stage 2 only (5e-5)."""
-    pretrained_lr_scale: float = 1.0
-    """Share of the rate at which weights that came from the BERT learn. The paper trains all alike; a short
-    run on little data keeps more of what the BERT knows with 0.1."""
+    text_lr_scale: float = 1.0
+    """Share of the rate at which the weights that only texts pass through learn: embeddings and the text's own layers.
+    The paper trains all alike; a run on few captions keeps more of the words that it never sees with 0.1."""
     vision_layer_decay: float = 1.0
     """Each layer of a trained image encoder learns at this times the rate of the layer above it (BEiT's layer-wise
     decay); the paper: 0.9 to 1 by model and task."""
@@ -107,7 +107,7 @@ class OptimiserConfig:
             if not 0 <= beta < 1:
                 raise ConfigError(f"optimiser.betas[{number}] is {beta}: must be at least 0 and below 1")
         _at_least("optimiser.weight_decay", self.weight_decay, 0)
-        _at_least("optimiser.pretrained_lr_scale", self.pretrained_lr_scale, 0)
+        _at_least("optimiser.text_lr_scale", self.text_lr_scale, 0)
         _within("optimiser.vision_layer_decay", self.vision_layer_decay, 0.0, 1.0)
         _at_least("optimiser.warmup_steps", self.warmup_steps, 0)
         if self.clip_norm <= 0:
