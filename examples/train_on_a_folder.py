@@ -38,7 +38,8 @@ def main(
             text_encoder="sentence-transformers/all-MiniLM-L6-v2",
             preset=preset,
             num_queries=8,
-            standardise_patches=True,  # keeps the queries apart in a short run
+            query_start="words",  # keeps the queries apart in a short run, and so does the next
+            standardise_patches=True,
         ),
         optimiser=OptimiserConfig(lr=4e-4, text_lr_scale=0.1, warmup_steps=steps // 10),
         steps=steps,

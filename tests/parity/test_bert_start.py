@@ -10,11 +10,13 @@ from helpers import PATCHES, VISION_DIM, VOCAB_SIZE, GivenPatches, random_texts,
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
-from qformers.errors import CheckpointError
+from qformers.demo.dinov2 import minilm_folder
+from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import ModelConfig
 from qformers.models.masks import unimodal_mask
 from qformers.models.presets import build_stage1
 from qformers.models.stage1 import Stage1Model
+from qformers.objectives.stage1 import query_diversity
 
 TINY_BERT = {
     "vocab_size": VOCAB_SIZE - 1,
@@ -88,6 +90,41 @@ def test_query_feed_forward_is_the_text_s_and_the_rest_is_random(tmp_path):
         assert 0.01 < weight.std() < 0.03  # N(0, 0.02)
     queries = model.encode_image(torch.randn(1, PATCHES, VISION_DIM)).query_outputs[0]
     assert (queries[0] - queries[1]).abs().max() > 1e-3, "queries that start equal stay equal for ever"
+
+
+@torch.no_grad()
+def test_queries_may_start_as_words_of_the_bert_at_their_places(tmp_path):
+    """After the LayerNorm, which takes their size away, they are what Hugging Face's BERT makes of some words."""
+    bert = save_bert(tmp_path)
+    config = ModelConfig(preset="tiny", text_encoder=str(tmp_path), num_queries=4, query_start="words")
+    qformer = build_stage1(config, VOCAB_SIZE, GivenPatches(VISION_DIM)).qformer
+    assert qformer.query_tokens.std().item() == pytest.approx(0.02)
+    queries = qformer.embedding_norm(qformer.query_tokens)
+    for place, query in enumerate(queries):
+        everywhere = torch.arange(VOCAB_SIZE - 1)[:, None].expand(-1, place + 1)
+        words = bert.embeddings(input_ids=everywhere)[:, place]
+        assert (words - query).abs().amax(dim=1).min() < 1e-4  # the LayerNorm's epsilon weighs more on small tokens
+
+
+def test_more_queries_than_places(tmp_path):
+    save_bert(tmp_path)
+    config = ModelConfig(preset="tiny", text_encoder=str(tmp_path), num_queries=513, query_start="words")
+    with pytest.raises(ConfigError, match=r"513 queries.*512 positions"):
+        build_stage1(config, VOCAB_SIZE, GivenPatches(VISION_DIM))
+
+
+@pytest.mark.assets
+@torch.no_grad()
+def test_minilm_keeps_words_apart_and_mixes_noise():
+    """Of what the last block says of a picture, the share that differs between queries; the worst of four seeds."""
+    shares = {"words": [], "noise": []}
+    for start, found in shares.items():
+        config = ModelConfig(preset="small", text_encoder=str(minilm_folder()), num_queries=8, query_start=start)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = build_stage1(config, 30523, GivenPatches(VISION_DIM)).eval()
+            found.append(query_diversity(model.encode_image(torch.randn(8, 82, VISION_DIM)).query_outputs).item())
+    assert min(shares["words"]) > 0.2 > 2 * min(shares["noise"])
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig
 
-from qformers.errors import CheckpointError
+from qformers.errors import CheckpointError, ConfigError
 from qformers.models.attention import SelfAttention
+from qformers.models.qformer import QFormer, TextEmbeddings
 from qformers.models.stage1 import Stage1Model
 from qformers.models.vision import quiet_loading
 
@@ -68,6 +69,24 @@ def load_bert_weights(model: Stage1Model, path: str) -> None:
                 _copy(ours[f"{name}.{kind}"], weights[f"{source}.{kind}"], f"{name}.{kind}", path)
     if "cls.predictions.bias" in weights:
         _copy(ours["itg_head.bias"][: words.shape[0]], weights["cls.predictions.bias"], "itg_head.bias", path)
+
+
+@torch.no_grad()
+def start_queries_as_words(qformer: QFormer, std: float) -> None:
+    """Fill the query tokens with words of the vocabulary drawn at random, at positions 0 … queries - 1 of a sentence.
+
+    A BERT's self-attention goes by positions: tokens of noise, which have none, it mixes into one within a few blocks.
+    All are brought to the size `std`, which a LayerNorm takes away again, so that a step turns them as little as noise.
+    """
+    words, queries = qformer.text_embeddings, qformer.num_queries
+    assert isinstance(words, TextEmbeddings), "a Q-Former that starts from a BERT has a text branch"
+    if queries > (positions := words.position.num_embeddings):
+        raise ConfigError(
+            f"model.query_start is words: {queries} queries are more than the BERT's {positions} positions"
+        )
+    drawn = torch.randint(words.vocab_size - 1, (1, queries))  # all but [DEC]
+    tokens = words(drawn)[0]
+    qformer.query_tokens.copy_(tokens * (std / tokens.std()))
 
 
 def _load_bert(path: str) -> tuple[BertConfig, dict[str, Tensor]]:

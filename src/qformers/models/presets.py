@@ -12,7 +12,7 @@ from torch import nn
 
 from qformers.errors import ConfigError
 from qformers.models.attention import CrossAttention, SelfAttention
-from qformers.models.bert import load_bert_weights
+from qformers.models.bert import load_bert_weights, start_queries_as_words
 from qformers.models.bridges import AveragePooling, Bridge, PerceiverLayer, PerceiverResampler, PooledMLP
 from qformers.models.config import ModelConfig, PresetName
 from qformers.models.freezing import freeze
@@ -148,6 +148,8 @@ def build_stage1(
         part.apply(partial(initialise, std=shape.initial_std))
     if config.start_from_text_encoder:
         load_bert_weights(model, config.text_encoder)
+        if config.query_start == "words":
+            start_queries_as_words(qformer, shape.query_std)
     _prepare_encoder(vision_encoder, config)
     return model
 
