@@ -283,7 +283,9 @@ def recipe(options: argparse.Namespace, output: Path, records: Path, name: str, 
         seed=seed,
     )
     data = replace(made.data, train=[SourceConfig(str(records))])
-    optimiser = OptimiserConfig(lr=options.lr, text_lr_scale=0.1, min_lr=1e-5, warmup_steps=max(2, options.steps // 12))
+    optimiser = OptimiserConfig(
+        lr=options.lr, pretrained_lr_scale=0.1, min_lr=1e-5, warmup_steps=max(2, options.steps // 12)
+    )
     model = replace(made.model, preset=options.preset, start_from_text_encoder=options.preset == "small")
     return replace(made, data=data, optimiser=optimiser, model=model)
 

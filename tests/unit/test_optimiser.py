@@ -8,6 +8,7 @@ from helpers import VISION_DIM, tiny_stage1
 from transformers import Dinov2Config, Dinov2Model, get_cosine_schedule_with_warmup
 
 from qformers.errors import ConfigError
+from qformers.models.bert import started_from_bert
 from qformers.training.config import OptimiserConfig
 from qformers.training.optimiser import build_optimiser, decay_groups, learning_rate, set_learning_rate
 
@@ -65,9 +66,10 @@ def test_decay_shrinks_a_matrix_and_not_the_queries():
     assert torch.equal(after["temperature"], before["temperature"])
 
 
-def test_weights_that_only_texts_pass_through_learn_at_their_share_of_the_rate():
+def test_weights_of_the_bert_and_of_texts_alone_learn_at_their_shares_of_the_rate():
     model = tiny_stage1()
-    optimiser = build_optimiser(model, OptimiserConfig(lr=1.0, min_lr=0.0, text_lr_scale=0.1))
+    shares = OptimiserConfig(lr=1.0, min_lr=0.0, pretrained_lr_scale=0.5, text_lr_scale=0.1)
+    optimiser = build_optimiser(model, shares)
     set_learning_rate(optimiser, 0.5)
     rates = {id(parameter): group["lr"] for group in optimiser.param_groups for parameter in group["params"]}
     names = {name: rates[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -75,8 +77,9 @@ def test_weights_that_only_texts_pass_through_learn_at_their_share_of_the_rate()
     model.encode_image(torch.randn(2, 5, VISION_DIM)).query_outputs.square().sum().backward()
     weights = model.qformer.named_parameters(prefix="qformer")
     unseen = {name for name, weight in weights if weight.grad is None or not weight.grad.any()}
-    assert unseen and {name for name, rate in names.items() if rate == 0.05} == unseen
-    assert set(names.values()) == {0.5, 0.05}
+    assert unseen and {name for name, rate in names.items() if rate == 0.025} == unseen
+    assert {name for name, rate in names.items() if rate == 0.5} == {n for n in names if not started_from_bert(n)}
+    assert set(names.values()) == {0.5, 0.25, 0.025}
 
 
 def test_a_trained_image_encoder_s_layers_learn_at_falling_rates():

@@ -225,6 +225,6 @@ def demo_vqa_recipe(
             batch_size=32,
             max_text_tokens=20,
         ),
-        optimiser=OptimiserConfig(lr=5e-4, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
+        optimiser=OptimiserConfig(lr=1e-3, pretrained_lr_scale=0.2, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
         steps=steps,
     )

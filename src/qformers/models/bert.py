@@ -32,6 +32,12 @@ HEAD_KEYS = {
 }
 
 
+def started_from_bert(name: str) -> bool:
+    """Whether `load_bert_weights` fills the `Stage1Model` parameter called `name`: all of the Q-Former but its eyes."""
+    fresh = "query_tokens" in name or "cross_attention" in name
+    return name.startswith("qformer.") and not fresh
+
+
 @torch.no_grad()
 def load_bert_weights(model: Stage1Model, path: str) -> None:
     """Copy a Hugging Face BERT (folder or hub id) into the Q-Former and, where it has one, the ITG head.

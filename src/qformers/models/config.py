@@ -43,8 +43,8 @@ class ModelConfig:
     attention_dropout: float = 0.1
     """On attention weights, as BERT."""
     query_start: Literal["noise", "words"] = "noise"
-    """What fresh query tokens are: noise, as the authors', or words of `text_encoder` drawn at random, each at its
-    place in a sentence. Its self-attention keeps words apart and makes noise alike: short runs need words."""
+    """What fresh query tokens are: noise, as the authors', or, with `start_from_text_encoder`, words of it drawn at
+    random, each at its place in a sentence. Its self-attention keeps words apart and makes noise alike."""
     standardise_patches: bool = False
     """Start `vision_norm` from the mean and spread of the training pictures' patches instead of 0 and 1. Short runs
     need it: their queries become alike without it (docs/reproduction.md)."""

@@ -82,9 +82,12 @@ class OptimiserConfig:
     """Peak learning rate."""
     min_lr: float = 1e-5
     """Where the cosine ends. LAVIS's; the paper gives a floor for stage 2 only (5e-5)."""
+    pretrained_lr_scale: float = 1.0
+    """Share of the rate at which weights that came from the BERT learn. The paper trains all alike, and in stage 1 a
+    share of 0.1 keeps ITM and ITG from learning; a short stage 2, whose projection is new, may want 0.2."""
     text_lr_scale: float = 1.0
-    """Share of the rate at which the weights that only texts pass through learn: embeddings and the text's own layers.
-    The paper trains all alike; a run on few captions keeps more of the words that it never sees with 0.1."""
+    """Share of that again for those of them that only texts pass through: embeddings and the text's own layers. The
+    paper trains all alike; a run on few captions keeps more of the words that it never sees with 0.1."""
     vision_layer_decay: float = 1.0
     """Each layer of a trained image encoder learns at this times the rate of the layer above it (BEiT's layer-wise
     decay); the paper: 0.9 to 1 by model and task."""
@@ -107,6 +110,7 @@ class OptimiserConfig:
             if not 0 <= beta < 1:
                 raise ConfigError(f"optimiser.betas[{number}] is {beta}: must be at least 0 and below 1")
         _at_least("optimiser.weight_decay", self.weight_decay, 0)
+        _at_least("optimiser.pretrained_lr_scale", self.pretrained_lr_scale, 0)
         _at_least("optimiser.text_lr_scale", self.text_lr_scale, 0)
         _within("optimiser.vision_layer_decay", self.vision_layer_decay, 0.0, 1.0)
         _at_least("optimiser.warmup_steps", self.warmup_steps, 0)

@@ -8,6 +8,7 @@ import re
 import torch
 from torch import nn
 
+from qformers.models.bert import started_from_bert
 from qformers.training.config import OptimiserConfig
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -50,14 +51,17 @@ def decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, n
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, fused where the device has the kernel.
 
-    Each group carries its `lr_scale`: weights that only texts pass through learn at `text_lr_scale` of the rate,
-    a trained image encoder's last layer at the whole rate and each layer below at `vision_layer_decay` of it.
+    Each group carries its `lr_scale`: weights that came from the BERT learn at `pretrained_lr_scale` of the rate, those
+    of them that only texts pass through at `text_lr_scale` of that, a trained image encoder's last layer at the whole
+    rate and each layer below at `vision_layer_decay` of it.
     """
     layers = vision_layers(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for members, weight_decay in zip(decay_groups(model), (config.weight_decay, 0.0), strict=True):
         for name, parameter in members.items():
-            lr_scale = config.text_lr_scale if TEXT_ALONE.match(name) else 1.0
+            lr_scale = config.pretrained_lr_scale if started_from_bert(name) else 1.0
+            if TEXT_ALONE.match(name):
+                lr_scale *= config.text_lr_scale
             if name.startswith(VISION_PREFIX):
                 lr_scale = config.vision_layer_decay ** (layers - vision_layer(name))
             groups.setdefault((weight_decay, lr_scale), []).append(parameter)
