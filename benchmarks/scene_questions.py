@@ -100,7 +100,7 @@ def answerer(options: argparse.Namespace, data: Path) -> Path:
 
 def recipe_of(options: argparse.Namespace, source: Path, steps: int) -> TrainConfig:
     """The demo's recipe of stage 1 with the scenes' captions, at the size that the questions' pictures have."""
-    size = replace(STANDARD, steps=steps, itm_fraction=0.5, image_px=VQA_IMAGE_PX)
+    size = replace(STANDARD, steps=steps, itc_steps=0, batch_size=64, itm_fraction=0.5, image_px=VQA_IMAGE_PX)
     recipe = demo_recipe(
         size,
         encoder=dinov2_folder(),

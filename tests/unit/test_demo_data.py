@@ -259,6 +259,9 @@ def test_in_the_twin_of_a_scene_every_relation_is_the_other_way_round(built: Pat
         for relation in relations:
             claim = f"{names[0]} {relation} {names[1]}"
             assert not (claim in first["captions"] and claim in second["captions"])
+        # ITC and ITM take the twin for a wrong picture: a caption of the things alone would be true of it as well.
+        for caption in first["captions"] + second["captions"]:
+            assert any(f" {relation} " in caption for relation in relations), caption
 
 
 def test_another_view_of_a_concept_is_moved_and_smaller_or_tilted(built: Path) -> None:

@@ -179,15 +179,21 @@ def _relations(a: tuple[int, ...], b: tuple[int, ...], gap: int = 0) -> list[str
 
 
 def scene_captions(objects: list[Placed], phrase: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """Up to seven true captions: relations in both directions, all objects, some with the ground."""
+    """Up to seven true captions: relations in both directions, some with the ground; of three objects also all of them.
+
+    Of two every caption says how they stand: what only names them is as true of the scene's twin, which training
+    takes for a picture that the caption does not match.
+    """
     names = [with_article(placed.name) for placed in objects]
-    listed = [names[index] for index in rng.permutation(len(names))]
-    together = ", ".join(listed[:-1]) + f" and {listed[-1]}"
     spatial = []
     for a, b in itertools.permutations(range(len(objects)), 2):
         spatial += [f"{names[a]} {word} {names[b]}" for word in _relations(objects[a].box, objects[b].box)]
     chosen = [spatial[index] for index in rng.permutation(len(spatial))[:4]]
-    return tuple(dict.fromkeys((*chosen, together, f"{chosen[0]} {phrase}", f"{together} {phrase}")))
+    if len(objects) == 2:
+        return (*chosen, f"{chosen[0]} {phrase}", f"{chosen[1]} {phrase}")
+    listed = [names[index] for index in rng.permutation(len(names))]
+    together = ", ".join(listed[:-1]) + f" and {listed[-1]}"
+    return (*chosen, together, f"{chosen[0]} {phrase}", f"{together} {phrase}")
 
 
 def plan_scenes(
