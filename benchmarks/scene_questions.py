@@ -113,7 +113,7 @@ def recipe_of(options: argparse.Namespace, source: Path, steps: int) -> TrainCon
     sources = [SourceConfig(path=str(source))]
     return replace(
         recipe,
-        data=replace(recipe.data, train=sources, together_column=None),
+        data=replace(recipe.data, train=sources),
         optimiser=replace(recipe.optimiser, text_lr_scale=1.0),  # ITM is to read closely, and no word is new
     )
 

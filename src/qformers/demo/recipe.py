@@ -114,7 +114,6 @@ def demo_recipe(
             feature_views=1,
             # Captions say left and right, so no flips.
             transform=TransformConfig(image_px=size.image_px, flip=False),
-            together_column="together",  # a scene and its twin meet in a batch
             batch_size=size.batch_size,
             workers=0,
             max_text_tokens=14,
@@ -189,7 +188,7 @@ def demo_captioning_recipe(
         start=stage1.output,
         # The whole caption is the target: in prefix language modelling text would say a part of it.
         language=LanguageConfig(path=str(language_model), split_captions=False),
-        data=replace(stage1.data, together_column=None, batch_size=size.captioning_batch_size, max_text_tokens=20),
+        data=replace(stage1.data, batch_size=size.captioning_batch_size, max_text_tokens=20),
         optimiser=OptimiserConfig(lr=5e-4, min_lr=1e-5, warmup_steps=max(2, steps // 12)),
         steps=steps,
     )
@@ -221,7 +220,6 @@ def demo_vqa_recipe(
             stage1.data,
             train=[SourceConfig(path=str(source))],
             features=str(features),
-            together_column=None,
             transform=TransformConfig(image_px=VQA_IMAGE_PX, flip=False),
             batch_size=32,
             max_text_tokens=20,

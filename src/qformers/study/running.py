@@ -126,7 +126,7 @@ def recipe(bench: Bench, arm: Arm, seed: int) -> TrainConfig:
         losses = replace(config.objectives, itc_steps=itc_steps)
         config = replace(config, steps=steps, objectives=losses, optimiser=warm_up)
     if arm.records != "train":  # each picture is its own: there are no views of one concept
-        alone = replace(config.data, train=[SourceConfig(str(records))], together_column=None)
+        alone = replace(config.data, train=[SourceConfig(str(records))])
         config = replace(config, data=alone)
     if arm.task == "captions":
         config = demo_captioning_recipe(
