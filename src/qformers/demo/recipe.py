@@ -79,7 +79,8 @@ SIZES: dict[Size, DemoSize] = {
     "standard": STANDARD,
     "long": replace(
         STANDARD,
-        steps=2500,
+        steps=1600,
+        itc_steps=1000,
         finetuning_steps=1000,
         captioning_steps={"smollm2": 1200, "t5": 1800},
         vqa_steps=800,
