@@ -207,7 +207,7 @@ def _evaluation_records(
 
 def _record(image_id: str, captions: list[str], kind: str, concept: str, source: str) -> dict[str, Any]:
     """`group` says whose captions fit this picture too: all pictures of a concept share it, a scene has its own.
-    `together` is shared by pictures that training should show side by side: a scene and its twin."""
+    `together` is shared by pictures that training may show side by side: a scene and its twin."""
     return {
         "image": f"images/{image_id}.jpg",
         "captions": captions,

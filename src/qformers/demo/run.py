@@ -183,7 +183,7 @@ def _stage1(
     sizes: DemoSize, recipe: TrainConfig, datasets: dict[str, CaptionDataset], watch: Stopwatch
 ) -> tuple[TrainResult, dict[str, RetrievalScores]]:
     """Train, and score both held-out sets."""
-    with watch.phase("train", f"{sizes.steps} steps of ITC + ITM + ITG, of the first {sizes.itc_steps} ITC alone"):
+    with watch.phase("train", f"{sizes.itc_steps} steps of ITC, {sizes.steps - sizes.itc_steps} of ITC + ITM + ITG"):
         result = train(recipe, resume="auto")
     with watch.phase("evaluate", "held-out concepts and held-out scenes, ITC alone and re-ranked by ITM"):
         model = load_model(result.model).stage1()

@@ -172,7 +172,10 @@ def write_demo_report(
                 if key in used
             ],
             skipped=demo.skipped,
-            notes=["One seed: repeat with --seed 1, 2, … for the spread."],
+            notes=[
+                "One seed: repeat with --seed 1, 2, … for the spread.",
+                f"Of stage 1's {recipe.steps} steps the first {demo.sizes.itc_steps} train ITC alone.",
+            ],
         ),
     )
 
