@@ -14,7 +14,7 @@ from qformers.models.config import GenerationSettings
 from qformers.models.stage2 import Stage2Model
 from qformers.training.loop import keep_freed_memory
 
-NEW_TOKENS, REPETITIONS = 12, 3  # as long as COCO's captions
+NEW_TOKENS, REPETITIONS = 12, 9  # as long as COCO's captions; equal work needs many rounds to be told apart
 CASES = {
     "captioning_greedy_1": (1, 1),
     "captioning_greedy_16": (16, 1),

@@ -43,6 +43,19 @@ def test_a_dimension_that_never_changes_is_not_blown_up() -> None:
     assert torch.isfinite(model.vision_norm.bias).all()
 
 
+def test_with_and_without_gradients_the_same_is_remembered() -> None:
+    """Folded into the weights or not, `vision_norm` is the same map: 1e-9 relative in float64, for its rounding."""
+    model, patches = tiny_stage1().double(), lopsided_patches(4).double()
+    model.standardise_patches(patches)
+    folded = model.remember(patches)
+    with torch.no_grad():
+        plain = model.remember(patches)
+    for one, other in ((folded.keys, plain.keys), (folded.values, plain.values)):
+        for with_gradients, without in zip(one, other, strict=True):
+            assert with_gradients.requires_grad and not without.requires_grad
+            torch.testing.assert_close(without, with_gradients.detach(), rtol=1e-9, atol=1e-9)
+
+
 def test_queries_read_different_things_of_lopsided_patches_only_when_standardised() -> None:
     patches = lopsided_patches(16)
     diversity = []

@@ -27,11 +27,16 @@ class ImageReader(nn.Module):
     def remember(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageMemory:
         """Cross-attention keys and values of each image, once, for every pass that will read it.
 
-        `vision_norm` is computed in fp32 (as the authors do); its affine part is folded into the weights.
+        `vision_norm` is computed in fp32 (as the authors do). While training, its affine part is folded into the
+        weights, so that frozen patches need no gradient; otherwise that would only cost a pass over the weights.
         """
-        norm = self.vision_norm
-        normalised = F.layer_norm(at_least_fp32(patch_embeds), norm.normalized_shape, eps=norm.eps)
-        return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
+        norm, patches = self.vision_norm, at_least_fp32(patch_embeds)
+        if torch.is_grad_enabled():
+            normalised = F.layer_norm(patches, norm.normalized_shape, eps=norm.eps)
+            return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
+        affine = norm.weight.to(patches.dtype), norm.bias.to(patches.dtype)
+        normalised = F.layer_norm(patches, norm.normalized_shape, *affine, norm.eps)
+        return self.qformer.remember(normalised.to(norm.weight.dtype), None, None)
 
     @torch.no_grad()
     def standardise_patches(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> None:
