@@ -166,7 +166,7 @@ def test_held_out_pairs_never_meet_in_training_but_each_object_does(built: Path)
 
 def test_spatial_captions_are_true_of_the_pixels(built: Path) -> None:
     checked = 0
-    for record in read(built, "train") + read(built, "held_out_scenes"):
+    for record in read(built, "train") + read(built, "train_scenes_in_order") + read(built, "held_out_scenes"):
         places = {}
         for placed in record["objects"]:
             left, top, right, bottom = placed["box"]
@@ -239,6 +239,8 @@ def test_things_and_scenes_are_the_training_records_in_their_order(built: Path) 
     things, scenes = read(built, "train_things"), read(built, "train_scenes")
     assert read(built, "train") == things + scenes
     assert {record["kind"] for record in scenes} == {"scene"} and len(scenes) == CONFIG.scenes
+    in_order = read(built, "train_scenes_in_order")
+    assert [record | {"captions": []} for record in in_order] == [record | {"captions": []} for record in scenes]
     assert {record["kind"] for record in things} == {"concept", "single"}
 
 
@@ -262,6 +264,16 @@ def test_in_the_twin_of_a_scene_every_relation_is_the_other_way_round(built: Pat
         # ITC and ITM take the twin for a wrong picture: a caption of the things alone would be true of it as well.
         for caption in first["captions"] + second["captions"]:
             assert any(f" {relation} " in caption for relation in relations), caption
+
+
+def test_captions_in_order_name_things_from_left_to_right_or_from_top_to_bottom(built: Path) -> None:
+    for record, both_ways in zip(read(built, "train_scenes_in_order"), read(built, "train_scenes"), strict=True):
+        said = " ".join(record["captions"])
+        assert " to the left of " in said or " above " in said, record["image_id"]
+        assert " to the right of " not in said and " below " not in said, record["image_id"]
+        if len(record["objects"]) == 2:
+            assert len(set(record["captions"])) == len(record["captions"]) >= 2
+            assert set(record["captions"][: len(record["captions"]) // 2]) <= set(both_ways["captions"])
 
 
 def test_another_view_of_a_concept_is_moved_and_smaller_or_tilted(built: Path) -> None:

@@ -4,6 +4,7 @@
     train.jsonl                  every kind of training record (`kind`: "concept", "single" or "scene")
     train_things.jsonl           of them, pictures of one thing
     train_scenes.jsonl           of them, scenes; both follow train.jsonl's order, one after the other
+    train_scenes_in_order.jsonl  the same scenes, but captions name things from left to right or from top to bottom
     validation_concepts.jsonl    emoji not trained on, to choose settings such as a baseline's penalty
     validation_scenes.jsonl      pairs of objects that never occur together in training, for the same purpose
     held_out_concepts.jsonl      one picture and one caption (the label) for each held-out emoji
@@ -57,9 +58,9 @@ from qformers.demo.scenes import (
 )
 from qformers.errors import ConfigError, DataError
 
-FORMAT_VERSION = 4  # raise when the same settings come to mean other pictures or words
+FORMAT_VERSION = 5  # raise when the same settings come to mean other pictures or words
 SPLITS = ("train", "validation_concepts", "validation_scenes", "held_out_concepts", "held_out_scenes")
-TRAIN_PARTS = ("train_things", "train_scenes")
+TRAIN_PARTS = ("train_things", "train_scenes_in_order", "train_scenes")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,10 @@ def _write_all(
         records.setdefault(name, []).extend(_scene_record(scene) for scene in planned)
     records["train_things"] = [record for record in records["train"] if record["kind"] != "scene"]
     records["train_scenes"] = [record for record in records["train"] if record["kind"] == "scene"]
+    in_order = {scene.image_id: list(scene.in_order) for scene in drawn}
+    records["train_scenes_in_order"] = [
+        record | {"captions": in_order[record["image_id"]]} for record in records["train_scenes"]
+    ]
     for name in (*SPLITS, *TRAIN_PARTS):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records.setdefault(name, []))
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -22,7 +22,7 @@ from qformers.data.text import CaptionTokenizer
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_best_ridge, pool_patches, ridge_similarities
 from qformers.demo.captions import DemoCaptions, caption_held_out_scenes
-from qformers.demo.dataset import SPLITS, DemoData, build_demo_dataset
+from qformers.demo.dataset import SPLITS, TRAIN_PARTS, DemoData, build_demo_dataset
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
 from qformers.demo.recipe import (
     SIZES,
@@ -30,7 +30,7 @@ from qformers.demo.recipe import (
     LanguageModelName,
     Size,
     demo_captioning_recipe,
-    demo_finetuning_recipe,
+    demo_finetuning_recipes,
     demo_recipe,
     with_scenes,
 )
@@ -127,10 +127,10 @@ def run_demo(
     datasets = {name: _dataset(recipe, stores[name]) for name, recipe in recipes.items()}
     with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
         ridge = _ridge(datasets, stores, text_encoder)
-    parts = data.records("train_things"), data.records("train_scenes")
-    stage1 = with_scenes(recipes["train"], *parts, sizes.scenes_share)
+    things, in_order, both_ways = map(data.records, TRAIN_PARTS)
+    stage1 = with_scenes(recipes["train"], things, both_ways, sizes.scenes_share)
     result, scores = _stage1(sizes, stage1, datasets, watch)
-    finetuning = demo_finetuning_recipe(sizes, stage1, *parts, output / "retrieval")
+    finetuning = demo_finetuning_recipes(sizes, stage1, things, in_order, both_ways, output / "retrieval")
     scores["scenes_finetuned"] = _finetune(sizes, finetuning, datasets, watch)
     speaker = smollm2 if language_model == "smollm2" else None
     speaker = speaker or _caption_t5(data, text_encoder, output, seed, sizes.t5_steps, watch)
@@ -141,7 +141,7 @@ def run_demo(
         language_model=speaker,
         output=output / f"captioner_{language_model}",
     )
-    captioning = with_scenes(captioning, *parts, sizes.captioned_scenes_share)
+    captioning = with_scenes(captioning, things, in_order, sizes.captioned_scenes_share)
     captions = _stage2(captioning, datasets["held_out_scenes"], data, watch)
     metrics: dict[str, Any] = {name: _table(scores[name], ridge[HELD_OUT[name].kind]) for name in scores}
     metrics["captions"] = captions.metrics()
@@ -193,11 +193,14 @@ def _stage1(
 
 
 def _finetune(
-    sizes: DemoSize, recipe: TrainConfig, datasets: dict[str, CaptionDataset], watch: Stopwatch
+    sizes: DemoSize, recipes: tuple[TrainConfig, TrainConfig], datasets: dict[str, CaptionDataset], watch: Stopwatch
 ) -> RetrievalScores:
     """Fine-tune for retrieval, and score the held-out scenes once more."""
-    with watch.phase("finetune", f"{recipe.steps} steps for retrieval, all weights at one rate"):
-        result = train(recipe, resume="auto")
+    in_order, both_ways = recipes
+    steps = f"{in_order.steps} steps of ITC on captions in order, {both_ways.steps} of ITC + ITM on captions both ways"
+    with watch.phase("finetune", steps):
+        train(in_order, resume="auto")
+        result = train(both_ways, resume="auto")
     with watch.phase("evaluate_finetuned", "held-out scenes, ITC alone and re-ranked by ITM"):
         model = load_model(result.model).stage1()
         with autocast("cpu"):
@@ -237,7 +240,8 @@ def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, steps
     from qformers.demo.small_t5 import caption_t5_folder
 
     with watch.phase("language_model", "a small T5 learns the training captions, then is frozen"):
-        lines = data.records("train").read_text(encoding="utf-8").splitlines()
+        parts = [data.records(name) for name in ("train_things", "train_scenes_in_order")]
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
         captions = [caption for line in lines for caption in json.loads(line)["captions"]]
         return caption_t5_folder(captions, vocabulary, output / "t5", seed, steps)
 

@@ -25,6 +25,7 @@ from qformers.demo.qt_resources import read_resources
 
 CUTOUT_PX = 160  # longest side a cut-out is kept at; the largest it is ever pasted at
 _INVERSE = {"to the left of": "to the right of", "above": "below"}
+IN_ORDER = tuple(_INVERSE)  # what is said of things that are named from left to right, or from top to bottom
 _INVERSE |= {inverse: relation for relation, inverse in _INVERSE.items()}
 
 # Photographs that show none of the concepts, with the words for where a thing pasted on them is.
@@ -83,7 +84,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A plan: everything needed to draw the picture, and its true captions. `twin_of` is the scene it mirrors."""
+    """A plan: everything needed to draw the picture, and its true captions. `twin_of` is the scene it mirrors.
+
+    Of a training scene, `in_order` are those that name things from left to right or from top to bottom.
+    """
 
     image_id: str
     background: str
@@ -91,6 +95,7 @@ class Scene:
     mirrored_ground: bool
     objects: tuple[Placed, ...]
     captions: tuple[str, ...]
+    in_order: tuple[str, ...] = ()
     twin_of: str | None = None
 
     @property
@@ -178,22 +183,28 @@ def _relations(a: tuple[int, ...], b: tuple[int, ...], gap: int = 0) -> list[str
     return found
 
 
-def scene_captions(objects: list[Placed], phrase: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """Up to seven true captions: relations in both directions, some with the ground; of three objects also all of them.
+def scene_captions(objects: list[Placed], phrase: str, rng: np.random.Generator) -> tuple[tuple[str, ...], ...]:
+    """Up to seven true captions with relations in both directions, and up to seven with those of `IN_ORDER` alone.
 
-    Of two every caption says how they stand: what only names them is as true of the scene's twin, which training
-    takes for a picture that the caption does not match.
+    Some name the ground, of three objects some all of them. Of two every caption says how they stand: what only names
+    them is as true of the scene's twin, which training takes for a picture that the caption does not match.
     """
     names = [with_article(placed.name) for placed in objects]
-    spatial = []
-    for a, b in itertools.permutations(range(len(objects)), 2):
-        spatial += [f"{names[a]} {word} {names[b]}" for word in _relations(objects[a].box, objects[b].box)]
-    chosen = [spatial[index] for index in rng.permutation(len(spatial))[:4]]
-    if len(objects) == 2:
-        return (*chosen, f"{chosen[0]} {phrase}", f"{chosen[1]} {phrase}")
-    listed = [names[index] for index in rng.permutation(len(names))]
-    together = ", ".join(listed[:-1]) + f" and {listed[-1]}"
-    return (*chosen, together, f"{chosen[0]} {phrase}", f"{together} {phrase}")
+    spatial = [
+        (relation, f"{names[a]} {relation} {names[b]}")
+        for a, b in itertools.permutations(range(len(objects)), 2)
+        for relation in _relations(objects[a].box, objects[b].box)
+    ]
+    both_ways = [spatial[index][1] for index in rng.permutation(len(spatial))[:4]]
+    in_order = [caption for relation, caption in spatial if relation in IN_ORDER][:4]
+    together = []
+    if len(objects) > 2:
+        listed = [names[index] for index in rng.permutation(len(names))]
+        together = [", ".join(listed[:-1]) + f" and {listed[-1]}"]
+    return tuple(
+        (*chosen, *together, *(f"{caption} {phrase}" for caption in chosen[:1] + (together or chosen[1:2])))
+        for chosen in (both_ways, in_order)
+    )
 
 
 def plan_scenes(
@@ -232,11 +243,11 @@ def plan_scenes(
         captions = scene_captions(objects, grounds[ground].phrase, rng)
         origin, flip = (float(rng.random()), float(rng.random())), bool(rng.integers(2))
         image_id = f"scene-{len(scenes):06d}"
-        scenes.append(Scene(image_id, ground, origin, flip, tuple(objects), captions))
+        scenes.append(Scene(image_id, ground, origin, flip, tuple(objects), *captions))
         if len(objects) == 2 and len(scenes) < count:
             turned = [replace(placed, box=_turned(placed.box, image_px)) for placed in objects]
             captions = scene_captions(turned, grounds[ground].phrase, rng)
-            scenes.append(Scene(f"scene-{len(scenes):06d}", ground, origin, flip, tuple(turned), captions, image_id))
+            scenes.append(Scene(f"scene-{len(scenes):06d}", ground, origin, flip, tuple(turned), *captions, image_id))
     return scenes
 
 

@@ -81,7 +81,8 @@ HELD_OUT = {
     "scenes_finetuned": HeldOut(
         "Held-out scenes after fine-tuning for retrieval",
         "scenes",
-        "The same scenes, by the model that went on with ITC and ITM nearly on scenes alone, all weights at one rate.",
+        "The same scenes, by the model that went on nearly on scenes alone, each beside its mirror image: first with "
+        "ITC and captions from left to right and from top to bottom, then with ITC and ITM and captions both ways.",
     ),
 }
 METHODS = {
