@@ -183,8 +183,10 @@ def _relations(a: tuple[int, ...], b: tuple[int, ...], gap: int = 0) -> list[str
     return found
 
 
-def scene_captions(objects: list[Placed], phrase: str, rng: np.random.Generator) -> tuple[tuple[str, ...], ...]:
-    """Up to seven true captions with relations in both directions, and up to seven with those of `IN_ORDER` alone.
+def scene_captions(
+    objects: list[Placed], phrase: str, rng: np.random.Generator
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """True captions, up to seven with relations in both directions and up to seven with those of `IN_ORDER` alone.
 
     Some name the ground, of three objects some all of them. Of two every caption says how they stand: what only names
     them is as true of the scene's twin, which training takes for a picture that the caption does not match.
@@ -201,10 +203,12 @@ def scene_captions(objects: list[Placed], phrase: str, rng: np.random.Generator)
     if len(objects) > 2:
         listed = [names[index] for index in rng.permutation(len(names))]
         together = [", ".join(listed[:-1]) + f" and {listed[-1]}"]
-    return tuple(
-        (*chosen, *together, *(f"{caption} {phrase}" for caption in chosen[:1] + (together or chosen[1:2])))
-        for chosen in (both_ways, in_order)
-    )
+
+    def finished(chosen: list[str]) -> tuple[str, ...]:
+        on_ground = chosen[:1] + (together or chosen[1:2])
+        return (*chosen, *together, *(f"{caption} {phrase}" for caption in on_ground))
+
+    return finished(both_ways), finished(in_order)
 
 
 def plan_scenes(
@@ -240,14 +244,15 @@ def plan_scenes(
         boxes = place(parts, image_px, (0.3, 0.55) if len(chosen) == 2 else (0.25, 0.42), rng)
         objects = [Placed(*row) for row in zip(chosen, parts, boxes, strict=True)]
         ground = ground_names[int(rng.integers(len(ground_names)))]
-        captions = scene_captions(objects, grounds[ground].phrase, rng)
+        captions, in_order = scene_captions(objects, grounds[ground].phrase, rng)
         origin, flip = (float(rng.random()), float(rng.random())), bool(rng.integers(2))
         image_id = f"scene-{len(scenes):06d}"
-        scenes.append(Scene(image_id, ground, origin, flip, tuple(objects), *captions))
+        scenes.append(Scene(image_id, ground, origin, flip, tuple(objects), captions, in_order))
         if len(objects) == 2 and len(scenes) < count:
             turned = [replace(placed, box=_turned(placed.box, image_px)) for placed in objects]
-            captions = scene_captions(turned, grounds[ground].phrase, rng)
-            scenes.append(Scene(f"scene-{len(scenes):06d}", ground, origin, flip, tuple(turned), *captions, image_id))
+            captions, in_order = scene_captions(turned, grounds[ground].phrase, rng)
+            twin = f"scene-{len(scenes):06d}"
+            scenes.append(Scene(twin, ground, origin, flip, tuple(turned), captions, in_order, image_id))
     return scenes
 
 
