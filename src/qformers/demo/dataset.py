@@ -60,7 +60,7 @@ from qformers.errors import ConfigError, DataError
 
 FORMAT_VERSION = 5  # raise when the same settings come to mean other pictures or words
 SPLITS = ("train", "validation_concepts", "validation_scenes", "held_out_concepts", "held_out_scenes")
-TRAIN_PARTS = ("train_things", "train_scenes_in_order", "train_scenes")
+TRAIN_PARTS = ("train_things", "train_scenes", "train_scenes_in_order")
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,9 @@ def demo_finetuning_recipes(
 
     ITC alone on captions in order, then ITC and ITM on captions that name either thing first. Of two things in two
     directions neither who is named first nor the relation's word says alone what stands where: from both at once
-    nothing is learned, while what has been learned in order carries over. A scene's twin, which only the relation
-    tells from it, is in the batch. All weights learn at one rate, the text's too: it has to be read closely.
+    nothing is learned in as many steps, while what has been learned in order carries over. A scene's twin, which only
+    the relation tells from it, is in the batch. All weights learn at one rate, the text's too: it has to be read
+    closely.
     Deviations from the paper, for a run of minutes: the image encoder stays frozen, there is no ITG, batches are half
     as large as in stage 1, and a quarter of ITM's negatives are easy ones.
     """

@@ -22,7 +22,7 @@ from qformers.data.text import CaptionTokenizer
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.baseline import RetrievalSet, embed_sentences, fit_best_ridge, pool_patches, ridge_similarities
 from qformers.demo.captions import DemoCaptions, caption_held_out_scenes
-from qformers.demo.dataset import SPLITS, TRAIN_PARTS, DemoData, build_demo_dataset
+from qformers.demo.dataset import SPLITS, DemoData, build_demo_dataset
 from qformers.demo.dinov2 import dinov2_folder, minilm_folder
 from qformers.demo.recipe import (
     SIZES,
@@ -127,13 +127,14 @@ def run_demo(
     datasets = {name: _dataset(recipe, stores[name]) for name, recipe in recipes.items()}
     with watch.phase("baseline", "ridge regression from the same features to MiniLM sentence embeddings"):
         ridge = _ridge(datasets, stores, text_encoder)
-    things, in_order, both_ways = map(data.records, TRAIN_PARTS)
+    things, both_ways = data.records("train_things"), data.records("train_scenes")
+    in_order = data.records("train_scenes_in_order")
     stage1 = with_scenes(recipes["train"], things, both_ways, sizes.scenes_share)
     result, scores = _stage1(sizes, stage1, datasets, watch)
     finetuning = demo_finetuning_recipes(sizes, stage1, things, in_order, both_ways, output / "retrieval")
     scores["scenes_finetuned"] = _finetune(sizes, finetuning, datasets, watch)
     speaker = smollm2 if language_model == "smollm2" else None
-    speaker = speaker or _caption_t5(data, text_encoder, output, seed, sizes.t5_steps, watch)
+    speaker = speaker or _caption_t5((things, in_order), text_encoder, output, seed, sizes.t5_steps, watch)
     captioning = demo_captioning_recipe(
         sizes,
         recipes["train"],
@@ -235,13 +236,14 @@ def _vqa(sizes: DemoSize, stage1: TrainConfig, language_model: Path, folder: Pat
     return gather_answers(folder, answers)
 
 
-def _caption_t5(data: DemoData, vocabulary: Path, output: Path, seed: int, steps: int, watch: Stopwatch) -> Path:
+def _caption_t5(
+    sources: tuple[Path, ...], vocabulary: Path, output: Path, seed: int, steps: int, watch: Stopwatch
+) -> Path:
     """The demo's own encoder-decoder, taught the training captions."""
     from qformers.demo.small_t5 import caption_t5_folder
 
     with watch.phase("language_model", "a small T5 learns the training captions, then is frozen"):
-        parts = [data.records(name) for name in ("train_things", "train_scenes_in_order")]
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        lines = [line for source in sources for line in source.read_text(encoding="utf-8").splitlines()]
         captions = [caption for line in lines for caption in json.loads(line)["captions"]]
         return caption_t5_folder(captions, vocabulary, output / "t5", seed, steps)
 

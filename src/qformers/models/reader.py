@@ -36,7 +36,7 @@ class ImageReader(nn.Module):
             return self.qformer.remember(normalised.to(norm.weight.dtype), norm.weight, norm.bias)
         affine = norm.weight.to(patches.dtype), norm.bias.to(patches.dtype)
         normalised = F.layer_norm(patches, norm.normalized_shape, *affine, norm.eps)
-        return self.qformer.remember(normalised.to(norm.weight.dtype), None, None)
+        return self.qformer.remember(normalised.to(norm.weight.dtype))
 
     @torch.no_grad()
     def standardise_patches(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> None:
