@@ -110,7 +110,7 @@ def solve_ridge(
     targets: Float[Tensor, "images embed_dim"],
     penalties: Iterable[float],
 ) -> list[Float[Tensor, "dim embed_dim"]]:
-    """Minimisers of |XW − Y|² + penalty · images · |W|², one for each penalty, by Cholesky in float64.
+    """Minimisers of |XW − Y|² + penalty · images · |W|², one for each penalty, from one eigendecomposition in float64.
 
     Solves the primal (dim × dim) or the dual (images × images) system, whichever is smaller.
     """
@@ -118,13 +118,10 @@ def solve_ridge(
     images, dim = features.shape
     primal = dim <= images
     gram = features.T @ features if primal else features @ features.T
-    right_side = features.T @ targets if primal else targets
-    solutions = []
-    for penalty in penalties:
-        damped = gram + penalty * images * torch.eye(len(gram), dtype=gram.dtype)
-        solution = torch.cholesky_solve(right_side, torch.linalg.cholesky(damped))
-        solutions.append(solution if primal else features.T @ solution)
-    return solutions
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    right_side = eigenvectors.T @ (features.T @ targets if primal else targets)
+    left_side = eigenvectors if primal else features.T @ eigenvectors
+    return [left_side @ (right_side / (eigenvalues + penalty * images)[:, None]) for penalty in penalties]
 
 
 def fit_ridge(train: RetrievalSet, validation: RetrievalSet, penalties: Sequence[float] = PENALTIES) -> Ridge:
