@@ -3,11 +3,11 @@
     python benchmarks/scene_questions.py --output runs/scene_questions
 
 A small T5 learns from text alone to answer questions about what captions say of a scene, and is frozen. A Q-Former
-learns the same captions with the pictures (stage 1). From that run two arms go on, with as many weights, for as many
-steps on the same draws: in one the queries read the question, in the other a text without words; the T5 is asked the
-question in both. Accuracy (exact match) on scenes that were never trained on, by kind of question, mean and spread over
-seeds, beside what the T5 answers from true captions, which says how well it understands the question. Killed, the same
-command goes on.
+learns the same captions with the pictures (stage 1: ITC alone, then ITM beside it, whose business it is to read a text
+closely). From that run two arms go on, with as many weights, for as many steps on the same draws: in one the queries
+read the question, in the other a text without words; the T5 is asked the question in both. Accuracy (exact match) on
+scenes that were never trained on, by kind of question, mean and spread over seeds, beside what the T5 answers from true
+captions, which says how well it understands the question. Killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--test_scenes", type=int, default=500)
     parser.add_argument("--things", type=int, default=SceneQuestionsConfig.things)
-    parser.add_argument("--t5_steps", type=int, default=3000)
-    parser.add_argument("--stage1_steps", type=int, default=240)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--t5_steps", type=int, default=2000)
+    parser.add_argument("--itc_steps", type=int, default=300, help="of stage 1 by ITC alone, in batches twice as large")
+    parser.add_argument("--itm_steps", type=int, default=900, help="of stage 1 by ITC and ITM after them")
+    parser.add_argument("--steps", type=int, default=500, help="of each arm")
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
     options = parser.parse_args()
@@ -98,33 +99,43 @@ def answerer(options: argparse.Namespace, data: Path) -> Path:
     )
 
 
-def recipe_of(options: argparse.Namespace, source: Path, steps: int) -> TrainConfig:
-    """The demo's recipe of stage 1 with the scenes' captions, at the size that the questions' pictures have."""
-    size = replace(STANDARD, steps=steps, itc_steps=0, batch_size=64, itm_fraction=0.5, image_px=VQA_IMAGE_PX)
+def stage1_run(options: argparse.Namespace, data: Path) -> TrainConfig:
+    """Stage 1 on the captions of the training scenes, in two runs; the second."""
+    source = data / "train_captions.jsonl"
     recipe = demo_recipe(
-        size,
+        replace(STANDARD, steps=options.itc_steps, image_px=VQA_IMAGE_PX),
         encoder=dinov2_folder(),
         text_encoder=minilm_folder(),
         source=source,
         features=options.output / "features" / source.stem,
-        output=options.output / "stage1",
+        output=options.output / "stage1_itc",
         seed=0,
     )
-    sources = [SourceConfig(path=str(source))]
-    return replace(
+    itc_alone = replace(
         recipe,
-        data=replace(recipe.data, train=sources),
+        data=replace(recipe.data, train=[SourceConfig(path=str(source))], batch_size=2 * options.batch_size),
+        objectives=replace(recipe.objectives, itc_steps=options.itc_steps),
         optimiser=replace(recipe.optimiser, text_lr_scale=1.0),  # ITM is to read closely, and no word is new
     )
+    with_itm = replace(
+        itc_alone,
+        output=str(options.output / "stage1"),
+        start=itc_alone.output,
+        steps=options.itm_steps,
+        data=replace(itc_alone.data, batch_size=options.batch_size),
+        objectives=replace(recipe.objectives, itc_steps=0, itm_fraction=1.0, itg=False, hard_negative_fraction=0.75),
+        optimiser=replace(itc_alone.optimiser, warmup_steps=max(2, options.itm_steps // 10)),
+    )
+    precompute(itc_alone)
+    for run in (itc_alone, with_itm):
+        finish(run)
+    return with_itm
 
 
-def stage1_run(options: argparse.Namespace, data: Path) -> TrainConfig:
-    """Stage 1 on the captions of the training scenes."""
-    recipe = recipe_of(options, data / "train_captions.jsonl", options.stage1_steps)
-    precompute(recipe)
+def finish(recipe: TrainConfig) -> None:
+    """Train, or go on from where it stopped."""
     if not (Path(recipe.output) / "model").exists():
         train(recipe, resume="auto")
-    return recipe
 
 
 def answering_run(
@@ -140,10 +151,15 @@ def answering_run(
         output=options.output / f"{arm}_{seed}",
         reads=arm,
     )
-    recipe = replace(recipe, seed=seed, data=replace(recipe.data, batch_size=options.batch_size))
+    recipe = replace(
+        recipe,
+        seed=seed,
+        data=replace(recipe.data, batch_size=options.batch_size),
+        # All weights at the rate that woke ITM: the question is read by what came from the BERT.
+        optimiser=replace(recipe.optimiser, lr=stage1.optimiser.lr, pretrained_lr_scale=1.0),
+    )
     precompute(recipe)
-    if not (Path(recipe.output) / "model").exists():
-        train(recipe, resume="auto")
+    finish(recipe)
     return recipe
 
 
