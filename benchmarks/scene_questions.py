@@ -102,8 +102,9 @@ def answerer(options: argparse.Namespace, data: Path) -> Path:
 def stage1_run(options: argparse.Namespace, data: Path) -> TrainConfig:
     """Stage 1 on the captions of the training scenes, in two runs; the second."""
     source = data / "train_captions.jsonl"
+    size = replace(STANDARD, steps=options.itc_steps, itc_steps=options.itc_steps, batch_size=2 * options.batch_size)
     recipe = demo_recipe(
-        replace(STANDARD, steps=options.itc_steps, image_px=VQA_IMAGE_PX),
+        replace(size, image_px=VQA_IMAGE_PX),
         encoder=dinov2_folder(),
         text_encoder=minilm_folder(),
         source=source,
@@ -113,8 +114,7 @@ def stage1_run(options: argparse.Namespace, data: Path) -> TrainConfig:
     )
     itc_alone = replace(
         recipe,
-        data=replace(recipe.data, train=[SourceConfig(path=str(source))], batch_size=2 * options.batch_size),
-        objectives=replace(recipe.objectives, itc_steps=options.itc_steps),
+        data=replace(recipe.data, train=[SourceConfig(path=str(source))]),
         optimiser=replace(recipe.optimiser, text_lr_scale=1.0),  # ITM is to read closely, and no word is new
     )
     with_itm = replace(

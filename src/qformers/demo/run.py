@@ -279,7 +279,7 @@ def _retrieval_set(dataset: CaptionDataset, store: FeatureStore, text_encoder: P
     """What the ridge baseline reads: pooled features, sentence embeddings, who belongs to whom."""
     captions = dataset.captions()
     pooled = torch.cat([pool_patches(store.read(int(row))[None]) for row in dataset.first_records])
-    with autocast("cpu"):
+    with autocast("cpu"):  # in the precision that the Q-Former reads the same texts in
         embeddings = embed_sentences(captions.texts, text_encoder)
     return RetrievalSet(pooled, embeddings, torch.from_numpy(captions.text_to_image))
 
