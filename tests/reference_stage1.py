@@ -45,6 +45,7 @@ class PaperStage1:
     cross_attention_frequency: int
     dec_id: int
     padded_tokens: int = 12
+    text_readout: str = "cls"
 
     def losses(
         self,
@@ -67,7 +68,8 @@ class PaperStage1:
         for patches, text in zip(patch_embeds, texts, strict=True):
             queries, tokens = self.transformer(patches, text, "itc")
             image_features.append(unit(self.linear("vision_projection", queries)))
-            text_features.append(unit(self.linear("text_projection", tokens[0])))
+            read = tokens[: len(text)].mean(dim=0) if self.text_readout == "mean" else tokens[0]
+            text_features.append(unit(self.linear("text_projection", read)))
         similarity = torch.stack(
             [torch.stack([(image @ text).max() for text in text_features]) for image in image_features]
         )

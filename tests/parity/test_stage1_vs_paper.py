@@ -37,17 +37,19 @@ def hard_negatives(images: list[int | None], texts: list[int | None]) -> HardNeg
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("label_smoothing", "use_image_ids", "frequency"), [(0.1, True, 2), (0.0, True, 1), (0.1, False, 2)]
+    ("label_smoothing", "use_image_ids", "frequency", "readout"),
+    [(0.1, True, 2, "cls"), (0.0, True, 1, "cls"), (0.1, False, 2, "cls"), (0.1, True, 2, "mean")],
 )
-def test_losses_and_all_gradients(case, label_smoothing, use_image_ids, frequency):
+def test_losses_and_all_gradients(case, label_smoothing, use_image_ids, frequency, readout):
     lengths, image_ids, negative_images, negative_texts = CASES[case]
-    model = tiny_stage1(cross_attention_frequency=frequency).double()
+    model = tiny_stage1(cross_attention_frequency=frequency, text_readout=readout).double()
     batch = random_batch(lengths, image_ids)
     parameters = dict(model.named_parameters())
     names = list(parameters)
 
     ours = objective(model, label_smoothing, use_image_ids)(batch, hard_negatives(negative_images, negative_texts))
-    paper = PaperStage1(parameters, heads=4, layers=2, cross_attention_frequency=frequency, dec_id=model.dec_id).losses(
+    sizes = {"heads": 4, "layers": 2, "cross_attention_frequency": frequency}
+    paper = PaperStage1(parameters, **sizes, dec_id=model.dec_id, text_readout=readout).losses(
         batch.patch_embeds,
         [row[keep].tolist() for row, keep in zip(batch.input_ids, batch.attention_mask, strict=True)],
         image_ids if use_image_ids else list(range(len(lengths))),

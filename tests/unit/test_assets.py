@@ -159,6 +159,7 @@ def test_sources_that_cannot_be_had_are_named(isolated, monkeypatch) -> None:
         "gcompris",
         "google",
         "tuxpaint",
+        "twitter",
     ]
     assert skipped["google"].endswith("failed: npm error 404 Not Found")
     assert "`apt-get`, which is not installed" in skipped["gcompris"]

@@ -26,7 +26,7 @@ from transformers import (
 
 import qformers
 from qformers.convert.run import convert
-from qformers.errors import CheckpointError
+from qformers.errors import CheckpointError, ConfigError
 from qformers.models.config import FrozenParts, LanguageConfig
 from qformers.training.loop import train
 
@@ -258,3 +258,16 @@ def test_a_lavis_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match="could not be written"):
         convert(tmp_path / "hf", tmp_path / "out.pth", "lavis")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+@pytest.mark.parametrize("format", ["hf", "lavis"])
+def test_a_readout_that_only_our_format_says_is_not_written_in_others(format, tmp_path):
+    save_toy("retrieval", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ours", "qformers")
+    path = tmp_path / "ours" / "config.json"
+    description = json.loads(path.read_text())
+    description["model"]["text_readout"] = "mean"
+    path.write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match=r"reads the mean of a text's tokens .* keep it in our format"):
+        convert(tmp_path / "ours", tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()

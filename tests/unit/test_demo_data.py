@@ -14,6 +14,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from qformers.demo.assets import fetch_pictures
 from qformers.demo.concepts import (
+    SMALL_VENDORS,
     Concept,
     load_emoji,
     load_stamps,
@@ -61,7 +62,7 @@ def disc(path: Path, colour: tuple[int, int, int]) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two emoji vendors and stamps, as their packages lay them out."""
+    """Three emoji vendors and stamps, as their packages lay them out."""
     root = tmp_path_factory.mktemp("sources")
     words, index = [], []
     for number, label in enumerate(LABELS):
@@ -69,17 +70,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tags = ["ladybug", "insect"] if label == "lady beetle" else ["thing", f"{label[0]}-word"]
         words.append({"label": label, "hexcode": code, "tags": tags, "group": 3, "subgroup": 34 if number < 30 else 28})
         disc(root / "fluent" / f"{code.lower()}.webp", colour_of(label))
-        disc(root / "google" / "img" / f"{code.lower()}.png", colour_of(label))
+        for vendor in SMALL_VENDORS:
+            disc(root / vendor / "img" / f"{code.lower()}.png", colour_of(label))
         index.append({"unified": code, "image": f"{code.lower()}.png"})
     words.append({"label": "flag: Chad", "hexcode": "1F999", "group": 9, "subgroup": 98})
     (root / "emojibase").mkdir()
     (root / "emojibase" / "data.json").write_text(json.dumps(words))
-    (root / "google" / "emoji.json").write_text(json.dumps(index))
+    for vendor in SMALL_VENDORS:
+        (root / vendor / "emoji.json").write_text(json.dumps(index))
     for label in THINGS[:20]:
         for kind in ("animals", "animals/cartoon"):  # equal file names in two folders, as in the real package
             disc(root / "tuxpaint" / kind / f"{label}.png", colour_of(label))
             (root / "tuxpaint" / kind / f"{label}.txt").write_text(f"{with_article(label).capitalize()}.\nde=…\n")
-    return {name: root / name for name in ("emojibase", "fluent", "google", "tuxpaint")}
+    return {name: root / name for name in ("emojibase", "fluent", *SMALL_VENDORS, "tuxpaint")}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,7 @@ def test_counts_are_exact_and_every_picture_exists_once(built: Path) -> None:
         "emojibase",
         "fluent",
         "google",
+        "twitter",
         "tuxpaint",
     }
 
@@ -136,7 +140,7 @@ def test_pictures_of_one_concept_share_a_group_and_scenes_do_not(built: Path) ->
 @pytest.mark.parametrize("seed", range(6))
 def test_split_takes_whole_groups_and_all_vendors(folders: dict[str, Path], seed: int) -> None:
     emoji, stamps = load_emoji(folders), load_stamps(folders)
-    assert len(emoji) == len(LABELS) and len(stamps) == 40 and {len(e.pictures) for e in emoji} == {2}
+    assert len(emoji) == len(LABELS) and len(stamps) == 40 and {len(e.pictures) for e in emoji} == {3}
     split = split_concepts(emoji, stamps, 10, 4, np.random.default_rng(seed))
     assert (len(split.held_out), len(split.validation)) == (10, 4)
     sides = [{c.group for c in side if c.group} for side in (split.train, split.held_out, split.validation)]

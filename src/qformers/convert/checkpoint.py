@@ -66,6 +66,15 @@ class Checkpoint:
     language_tokenizer: Path | None
 
 
+def require_cls_readout(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a stage-1 model whose ITC reads the mean of a text's tokens: other formats know [CLS]."""
+    if checkpoint.description["model"].get("text_readout", "cls") != "cls" and checkpoint.language is None:
+        raise ConfigError(
+            f"{checkpoint.source}: its ITC reads the mean of a text's tokens (model.text_readout) and other formats "
+            "[CLS]: keep it in our format, or train it with text_readout cls"
+        )
+
+
 def skeleton(description: dict[str, Any], language: dict[str, Any] | None, source: str) -> Stage1Model | Stage2Model:
     """The described model on the meta device: names and shapes of all its weights, and no numbers.
 

@@ -17,7 +17,14 @@ from transformers import (
     InstructBlipProcessor,
 )
 
-from qformers.convert.checkpoint import Checkpoint, LanguageSource, check, language_skeleton, open_tokenizer
+from qformers.convert.checkpoint import (
+    Checkpoint,
+    LanguageSource,
+    check,
+    language_skeleton,
+    open_tokenizer,
+    require_cls_readout,
+)
 from qformers.convert.huggingface import CLASSES, CONFIGS, EXTRA_FILE, EXTRA_KEY, GENERATION, INSTRUCT, RETRIEVAL
 from qformers.convert.keys import LANGUAGE_MODEL
 from qformers.convert.rename import to_theirs
@@ -35,12 +42,13 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Write config, weights, processor, and the file of ours with what Hugging Face's class has no place for.
 
     Raises:
-        ConfigError: an image encoder that Hugging Face's BLIP-2 has no class for.
+        ConfigError: an image encoder, or a readout of texts, that Hugging Face's BLIP-2 has no place for.
         CheckpointError: the checkpoint is damaged or does not fit its config.
     """
     check(checkpoint)
     description = checkpoint.description
     _refuse_other_encoders(checkpoint)
+    require_cls_readout(checkpoint)
     architecture = _architecture(description)
     weights, extra = to_theirs(checkpoint.tensors, CLASSES[architecture])
     pictures = _image_processor(description["vision"])

@@ -29,6 +29,7 @@ from qformers.convert.checkpoint import (
     local_folder,
     open_tokenizer,
     own_weights,
+    require_cls_readout,
     skeleton,
 )
 from qformers.convert.huggingface import READS_PROMPT, description_of, first_id, padding_id, read_config
@@ -126,7 +127,8 @@ def write_lavis(checkpoint: Checkpoint, path: Path) -> None:
     """Write a .pth that LAVIS's `load_checkpoint` takes: as LAVIS does, without the language model.
 
     Raises:
-        ConfigError: an image encoder that LAVIS does not have. CheckpointError: it could not be written.
+        ConfigError: an image encoder or a readout of texts that LAVIS does not have.
+        CheckpointError: it could not be written.
     """
     check(checkpoint)
     description = checkpoint.description
@@ -134,6 +136,7 @@ def write_lavis(checkpoint: Checkpoint, path: Path) -> None:
     families = {"blip_2_vision_model": "eva", "instructblip_vision_model": "eva", "clip_vision_model": "clip"}
     if kind not in families:
         raise ConfigError(f"{checkpoint.source}: its image encoder is {kind}; LAVIS has EVA's ViT and CLIP's alone")
+    require_cls_readout(checkpoint)
     projection = None
     if checkpoint.language is not None:
         family = checkpoint.language.config["model_type"]

@@ -4,7 +4,7 @@ The split is by concept, never by picture, because one concept recurs across ven
 emoji set, of another, of a stamp). It works in three steps:
 
 1. Emoji are gathered into groups of variants of one thing (`variant_group`): "man running", "woman running"
-   and "person running" are one group, so are "dog" and "dog face". A group stays on one side as a whole. Both
+   and "person running" are one group, so are "dog" and "dog face". A group stays on one side as a whole. All
    vendors' pictures of an emoji belong to one concept (they share the code point), so they stay together too.
 2. Held-out and validation concepts are whole groups of emoji, drawn by seed.
 3. A picture that is no emoji (a stamp) goes to training unless it seems to show a held-out concept (`shows`):
@@ -31,6 +31,7 @@ import numpy as np
 from qformers.errors import ConfigError, DataError
 
 COMPONENT_GROUP, FLAG_GROUP = 2, 9
+SMALL_VENDORS = ("google", "twitter")  # packages laid out alike: 64 px and an index
 # Emoji subgroups (emojibase's numbers) whose labels name one thing that can stand in a scene: animals,
 # plants, food, drink, dishes, vehicles, things for sport, games and music, clothes, devices, tools.
 CONCRETE_SUBGROUPS = frozenset((*range(34, 49), 54, 55, 56, 57, 62, 63, 65, 67, 68, 69, 70, 71, 78, 79, 80, 81))
@@ -95,7 +96,7 @@ class Split:
 
 def load_emoji(folders: dict[str, Path]) -> list[Concept]:
     """Emoji with their words, without flags, components and skin tones; none without words or pictures."""
-    if "emojibase" not in folders or not folders.keys() & {"fluent", "google"}:
+    if "emojibase" not in folders or not folders.keys() & {"fluent", *SMALL_VENDORS}:
         return []
     words = json.loads(_find(folders["emojibase"], "data.json").read_text(encoding="utf-8"))
     vendors = _vendor_pictures(folders)
@@ -146,7 +147,8 @@ def split_concepts(
     groups: dict[str, list[Concept]] = {}
     for concept in emoji:
         groups.setdefault(concept.group, []).append(concept)
-    primary = "fluent" if any(concept.pictures[0].source == "fluent" for concept in emoji) else "google"
+    found = {concept.pictures[0].source for concept in emoji}
+    primary = next((vendor for vendor in ("fluent", *SMALL_VENDORS) if vendor in found), None)
     order = [list(groups.values())[index] for index in rng.permutation(len(groups))]
     sides: list[list[Concept]] = []
     for wanted in (held_out, validation) if emoji else ():
@@ -245,11 +247,13 @@ def _vendor_pictures(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
     vendors: dict[str, dict[str, Path]] = {}
     if "fluent" in folders:
         vendors["fluent"] = {path.stem.lower(): path for path in sorted(folders["fluent"].rglob("*.webp"))}
-    if "google" in folders:
-        files = {path.name: path for path in sorted(folders["google"].rglob("*.png"))}
-        index = json.loads(_find(folders["google"], "emoji.json").read_text(encoding="utf-8"))
+    for vendor in SMALL_VENDORS:
+        if vendor not in folders:
+            continue
+        files = {path.name: path for path in sorted(folders[vendor].rglob("*.png"))}
+        index = json.loads(_find(folders[vendor], "emoji.json").read_text(encoding="utf-8"))
         named = {entry["unified"].lower(): entry["image"] for entry in index}
-        vendors["google"] = {code: files[name] for code, name in named.items() if name in files}
+        vendors[vendor] = {code: files[name] for code, name in named.items() if name in files}
     return vendors
 
 

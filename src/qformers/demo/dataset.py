@@ -58,7 +58,7 @@ from qformers.demo.scenes import (
 )
 from qformers.errors import ConfigError, DataError
 
-FORMAT_VERSION = 5  # raise when the same settings come to mean other pictures or words
+FORMAT_VERSION = 6  # raise when the same settings come to mean other pictures or words
 SPLITS = ("train", "validation_concepts", "validation_scenes", "held_out_concepts", "held_out_scenes")
 TRAIN_PARTS = ("train_things", "train_scenes", "train_scenes_in_order")
 

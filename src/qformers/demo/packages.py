@@ -99,6 +99,18 @@ ASSETS: dict[str, Asset] = {
         licence="MIT (package), Apache-2.0 (Noto emoji)",
         home="https://github.com/iamcal/emoji-data",
     ),
+    "twitter": Asset(
+        name="emoji-datasource-twitter",
+        version="16.0.0",
+        client="npm",
+        file="emoji-datasource-twitter-16.0.0.tgz",
+        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        megabytes=62,
+        root="package",
+        keep=("emoji.json", "img/twitter/64/*.png"),
+        licence="MIT (package), CC-BY-4.0 (Twemoji)",
+        home="https://github.com/jdecked/twemoji",
+    ),
     "tuxpaint": Asset(
         name="tuxpaint-stamps-default",
         version="2022.06.04-1",
@@ -163,5 +175,5 @@ ASSETS: dict[str, Asset] = {
 
 # The pictures that have words, with the package that holds the words if it is another.
 # GCompris gives backgrounds only.
-CAPTIONED = {"fluent": "emojibase", "google": "emojibase", "tuxpaint": None}
+CAPTIONED = {"fluent": "emojibase", "google": "emojibase", "twitter": "emojibase", "tuxpaint": None}
 BACKGROUNDS = "gcompris"

@@ -51,6 +51,7 @@ USED_FOR = {
     "emojibase": "words of the emoji",
     "fluent": "emoji pictures",
     "google": "emoji pictures, second vendor",
+    "twitter": "emoji pictures, third vendor",
     "tuxpaint": "stamps with captions, cut-outs of scenes",
     "gcompris": "photographs behind the scenes",
     "easy-vqa": "pictures with questions",

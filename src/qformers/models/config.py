@@ -11,6 +11,7 @@ PresetName = Literal["blip2", "small", "tiny", "other"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 QFormerReads = Literal["nothing", "question", "empty", "prompt"]
 BridgeName = Literal["qformer", "linear", "mlp", "perceiver"]
+TextReadout = Literal["cls", "mean"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class ModelConfig:
     """Blocks 0, n, 2n, … read the image."""
     embed_dim: int = 256
     """Width of the space in which ITC compares images and texts."""
+    text_readout: TextReadout = "cls"
+    """What ITC compares of a text: the output of [CLS], as the paper, or the mean over all its tokens, as sentence
+    embeddings are made. Started from a BERT of that kind, mean names words that training never says better."""
     dropout: float = 0.1
     """On embeddings and on every sub-layer's output, as BERT."""
     attention_dropout: float = 0.1

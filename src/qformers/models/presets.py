@@ -143,6 +143,7 @@ def build_stage1(
         itg_head=TokenHead(shape.dim, vocab_size),
         temperature=nn.Parameter(torch.tensor(INITIAL_TEMPERATURE)),
         dec_id=vocab_size - 1,
+        text_readout=config.text_readout,
     )
     for part in (model.vision_projection, model.text_projection, model.itm_head, model.itg_head):
         part.apply(partial(initialise, std=shape.initial_std))

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qformers.models.attention import ImageMemory
+from qformers.models.config import TextReadout
 from qformers.models.masks import causal_mask, packed_mask, unimodal_mask
 from qformers.models.qformer import BERT_NORM_EPS, QFormer, TextEmbeddings
 from qformers.models.reader import ImageReader, at_least_fp32
@@ -68,6 +69,7 @@ class Stage1Model(ImageReader):
         itg_head: TokenHead,
         temperature: nn.Parameter,
         dec_id: int,
+        text_readout: TextReadout = "cls",
     ) -> None:
         super().__init__(vision_encoder, vision_norm, qformer)
         self.vision_projection = vision_projection
@@ -76,6 +78,7 @@ class Stage1Model(ImageReader):
         self.itg_head = itg_head
         self.temperature = temperature
         self.dec_id = dec_id
+        self.text_readout = text_readout
 
     def encode_image(self, patch_embeds: Float[Tensor, "images patches vision_dim"]) -> ImageEncoding:
         """Query outputs and ITC features of images alone."""
@@ -85,13 +88,13 @@ class Stage1Model(ImageReader):
     def encode_text(
         self, input_ids: Int[Tensor, "rows tokens"], attention_mask: Bool[Tensor, "rows tokens"]
     ) -> Float[Tensor, "rows embed_dim"]:
-        """ITC features of texts alone: the projected, L2-normalised [CLS] output."""
-        rows = input_ids.shape[0]
+        """ITC features of texts alone, projected and L2-normalised: [CLS]'s output, or the mean (`text_readout`)."""
+        rows, tokens = input_ids.shape
         text = self.qformer.text_embeddings(input_ids)
-        first = torch.zeros(1, dtype=torch.long, device=input_ids.device)
+        reads = torch.arange(self._contrastive_reads(tokens), device=input_ids.device)
         mask = unimodal_mask(0, attention_mask)
-        _, outputs = self.qformer(self.qformer.no_queries(rows), text, mask, [], text_reads=first)
-        return F.normalize(at_least_fp32(self.text_projection(outputs[:, 0])), dim=-1)
+        _, outputs = self.qformer(self.qformer.no_queries(rows), text, mask, [], text_reads=reads)
+        return self._text_features(outputs, attention_mask)
 
     def packed_pass(
         self,
@@ -102,10 +105,11 @@ class Stage1Model(ImageReader):
         """ITC's image pass, ITC's text pass and ITG's pass in one forward.
 
         In all three the queries see only queries, so one query pass serves ITC and ITG. The last block
-        computes [CLS] of the contrastive copy and all but the last token of the generative one: nothing else
-        is read.
+        computes [CLS] of the contrastive copy (all of it for the mean) and all but the last token of the generative
+        one: nothing else is read.
         """
         rows, tokens = input_ids.shape
+        contrastive_reads = self._contrastive_reads(tokens)
         memory = self.remember(patch_embeds)
         contrastive = self.qformer.text_embeddings(input_ids)
         generative = self.qformer.text_embeddings(self.with_dec(input_ids))
@@ -115,12 +119,12 @@ class Stage1Model(ImageReader):
             torch.cat([contrastive, generative], dim=1),
             packed_mask(self.qformer.num_queries, attention_mask),
             [memory],
-            text_reads=torch.cat([positions[:1], positions[tokens:]]),
+            text_reads=torch.cat([positions[:contrastive_reads], positions[tokens:]]),
         )
         return PackedPass(
             image=self._image_encoding(memory, query_outputs),
-            text_features=F.normalize(at_least_fp32(self.text_projection(text_outputs[:, 0])), dim=-1),
-            generative_outputs=text_outputs[:, 1:],
+            text_features=self._text_features(text_outputs[:, :contrastive_reads], attention_mask),
+            generative_outputs=text_outputs[:, contrastive_reads:],
         )
 
     def match_logits(
@@ -165,3 +169,18 @@ class Stage1Model(ImageReader):
     def _image_encoding(self, memory: ImageMemory, query_outputs: Float[Tensor, "images queries dim"]) -> ImageEncoding:
         features = F.normalize(at_least_fp32(self.vision_projection(query_outputs)), dim=-1)
         return ImageEncoding(memory=memory, query_outputs=query_outputs, image_features=features)
+
+    def _contrastive_reads(self, tokens: int) -> int:
+        """How many of a text's outputs ITC reads, from [CLS] on."""
+        return 1 if self.text_readout == "cls" else tokens
+
+    def _text_features(
+        self, outputs: Float[Tensor, "rows reads dim"], attention_mask: Bool[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows embed_dim"]:
+        if self.text_readout == "cls":
+            read = outputs[:, 0]
+        else:
+            real = attention_mask.unsqueeze(-1)
+            # Padding may hold anything, which a product with 0 would not always remove.
+            read = torch.where(real, outputs, 0).sum(dim=1) / real.sum(dim=1)
+        return F.normalize(at_least_fp32(self.text_projection(read)), dim=-1)

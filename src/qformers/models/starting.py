@@ -27,12 +27,17 @@ def start_from(model: Stage1Model | Stage2Model, folder: str | Path) -> None:
 
     Raises:
         CheckpointError: no such model, one of stage 2 where stage 1 is to go on, or one with another image encoder or
-            Q-Former; names what does not fit.
+            Q-Former or readout of texts; names what does not fit.
     """
     folder = model_folder(folder)
     description = read_description(folder)
     if isinstance(model, Stage1Model) and description["format"] != FORMATS[1]:
         raise CheckpointError(f"{folder}: is of stage 2 and has no heads for retrieval: start from a stage-1 run")
+    readout = description["model"].get("text_readout", "cls")
+    if isinstance(model, Stage1Model) and readout != model.text_readout:
+        raise CheckpointError(
+            f"{folder}: its ITC reads texts by {readout}, the recipe's by {model.text_readout}: set model.text_readout"
+        )
     state = open_tensors(folder)
     stored = state.described
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LANGUAGE_PREFIX)}
