@@ -55,6 +55,9 @@ def test_what_stage_1_cannot_start_from(data, tmp_path):
     (stage2 / "config.json").write_text(json.dumps({"format": "qformers-stage2"}))
     with pytest.raises(CheckpointError, match="of stage 2 and has no heads for retrieval"):
         train(replace(finetuning(data, tmp_path / "run"), start=str(stage2)))
+    other = finetuning(data, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="reads texts by cls, the recipe's by mean: set model.text_readout"):
+        train(replace(other, model=replace(other.model, text_readout="mean")))
 
 
 def karpathy(folder, captions):
