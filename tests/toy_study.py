@@ -24,7 +24,7 @@ def toy_inputs(folder: Path) -> Inputs:
     toy_tokenizer(folder / "gpt2")
     draw = np.random.default_rng(0)
     for name, kinds in {
-        "train": ["concept"] * 16 + ["scene"] * 12,
+        "train": ["concept"] * 16 + ["scene"] * 24,
         "held_out_concepts": ["concept"] * 8,
         "held_out_scenes": ["scene"] * 8,
         "validation_scenes": ["scene"] * 4,

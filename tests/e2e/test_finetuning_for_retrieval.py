@@ -56,7 +56,7 @@ def test_what_stage_1_cannot_start_from(data, tmp_path):
     with pytest.raises(CheckpointError, match="of stage 2 and has no heads for retrieval"):
         train(replace(finetuning(data, tmp_path / "run"), start=str(stage2)))
     other = finetuning(data, tmp_path / "run")
-    with pytest.raises(CheckpointError, match="reads texts by cls, the recipe's by mean: set model.text_readout"):
+    with pytest.raises(CheckpointError, match=r"reads texts by cls, the recipe's by mean: set model\.text_readout"):
         train(replace(other, model=replace(other.model, text_readout="mean")))
 
 

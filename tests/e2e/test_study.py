@@ -93,7 +93,7 @@ def test_held_out_pictures_and_those_of_capfilt_are_not_learned(whole):
         part: {json.loads(line)["image_id"] for line in (whole / "parts" / f"{part}.jsonl").read_text().splitlines()}
         for part in ("train", "noisy", "held_out", "questions", "asked")
     }
-    assert len(ids["train"]) == 20 and len(ids["noisy"]) == 8
+    assert len(ids["train"]) == 24 and len(ids["noisy"]) == 16
     assert not ids["train"] & ids["noisy"] and not ids["held_out"] & (ids["train"] | ids["noisy"])
     assert not ids["questions"] & ids["asked"]
 

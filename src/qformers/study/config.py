@@ -92,7 +92,7 @@ SIZES: dict[StudySizeName, StudySize] = {
             captioning_batch_size=4,
             vqa_steps=6,
         ),
-        web_scenes=8,
+        web_scenes=16,
         held_out_pictures=8,
         loss_pictures=4,
         training_question_pictures=16,
