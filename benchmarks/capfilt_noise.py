@@ -286,7 +286,14 @@ def recipe(options: argparse.Namespace, output: Path, records: Path, name: str, 
     optimiser = OptimiserConfig(
         lr=options.lr, pretrained_lr_scale=0.1, min_lr=1e-5, warmup_steps=max(2, options.steps // 12)
     )
-    model = replace(made.model, preset=options.preset, start_from_text_encoder=options.preset == "small")
+    model = replace(
+        made.model,
+        preset=options.preset,
+        start_from_text_encoder=options.preset == "small",
+        # The paper's blocks and readout, as the figures in docs/capfilt.md are of.
+        cross_attention_frequency=2,
+        text_readout="cls",
+    )
     return replace(made, data=data, optimiser=optimiser, model=model)
 
 
