@@ -120,7 +120,7 @@ def stage1_run(options: argparse.Namespace, data: Path) -> TrainConfig:
         # The paper's blocks and readout, as the figures in docs/vqa.md are of.
         model=replace(recipe.model, cross_attention_frequency=2, text_readout="cls"),
         # ITM is to read closely, and no word is new.
-        optimiser=replace(recipe.optimiser, lr=4e-4, pretrained_lr_scale=1.0, text_lr_scale=1.0),
+        optimiser=replace(recipe.optimiser, lr=4e-4, pretrained_lr_scale=1.0, text_lr_scale=1.0, shared_lr_scale=1.0),
     )
     with_itm = replace(
         itc_alone,

@@ -66,20 +66,30 @@ def test_decay_shrinks_a_matrix_and_not_the_queries():
     assert torch.equal(after["temperature"], before["temperature"])
 
 
-def test_weights_of_the_bert_and_of_texts_alone_learn_at_their_shares_of_the_rate():
+def test_weights_of_the_bert_of_texts_and_of_both_learn_at_their_shares_of_the_rate():
+    """Which weights texts alone pass through, and which both, is told by where gradients arrive, not by names."""
     model = tiny_stage1()
-    shares = OptimiserConfig(lr=1.0, min_lr=0.0, pretrained_lr_scale=0.5, text_lr_scale=0.1)
+    shares = OptimiserConfig(lr=1.0, min_lr=0.0, pretrained_lr_scale=0.5, text_lr_scale=0.1, shared_lr_scale=0.2)
     optimiser = build_optimiser(model, shares)
     set_learning_rate(optimiser, 0.5)
     rates = {id(parameter): group["lr"] for group in optimiser.param_groups for parameter in group["params"]}
     names = {name: rates[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(rates) == len(names)
-    model.encode_image(torch.randn(2, 5, VISION_DIM)).query_outputs.square().sum().backward()
-    weights = model.qformer.named_parameters(prefix="qformer")
-    unseen = {name for name, weight in weights if weight.grad is None or not weight.grad.any()}
-    assert unseen and {name for name, rate in names.items() if rate == 0.025} == unseen
+
+    def reached(outputs: torch.Tensor) -> set[str]:
+        model.zero_grad()
+        outputs.square().sum().backward()
+        weights = model.qformer.named_parameters(prefix="qformer")
+        return {name for name, weight in weights if weight.grad is not None and weight.grad.any()}
+
+    of_queries = reached(model.encode_image(torch.randn(2, 5, VISION_DIM)).query_outputs)
+    tokens = torch.randint(1, 40, (2, 6))
+    qformer = {name for name in names if name.startswith("qformer.")}
+    assert {name for name, rate in names.items() if rate == 0.025} == qformer - of_queries
+    both = of_queries & reached(model.encode_text(tokens, tokens > 0))
+    assert both and {name for name, rate in names.items() if rate == 0.05} == both
     assert {name for name, rate in names.items() if rate == 0.5} == {n for n in names if not started_from_bert(n)}
-    assert set(names.values()) == {0.5, 0.25, 0.025}
+    assert set(names.values()) == {0.5, 0.25, 0.05, 0.025}
 
 
 def test_a_trained_image_encoder_s_layers_learn_at_falling_rates():

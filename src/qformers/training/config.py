@@ -88,6 +88,9 @@ class OptimiserConfig:
     text_lr_scale: float = 1.0
     """Share of that again for those of them that only texts pass through: embeddings and the text's own layers. The
     paper trains all alike; a run on few captions keeps more of the words that it never sees with 0.1."""
+    shared_lr_scale: float = 1.0
+    """The same for those that texts and queries share, the self-attention. With both small, only the queries' own
+    layers learn fast, and words stay where the BERT had them."""
     vision_layer_decay: float = 1.0
     """Each layer of a trained image encoder learns at this times the rate of the layer above it (BEiT's layer-wise
     decay); the paper: 0.9 to 1 by model and task."""
@@ -112,6 +115,7 @@ class OptimiserConfig:
         _at_least("optimiser.weight_decay", self.weight_decay, 0)
         _at_least("optimiser.pretrained_lr_scale", self.pretrained_lr_scale, 0)
         _at_least("optimiser.text_lr_scale", self.text_lr_scale, 0)
+        _at_least("optimiser.shared_lr_scale", self.shared_lr_scale, 0)
         _within("optimiser.vision_layer_decay", self.vision_layer_decay, 0.0, 1.0)
         _at_least("optimiser.warmup_steps", self.warmup_steps, 0)
         if self.clip_norm <= 0:

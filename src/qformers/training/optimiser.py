@@ -14,6 +14,7 @@ from qformers.training.config import OptimiserConfig
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 VISION_PREFIX = "vision_encoder."
 TEXT_ALONE = re.compile(r"^qformer\.(text_embeddings|blocks\.\d+\.text_ffn)")
+SHARED = re.compile(r"^qformer\.(embedding_norm|blocks\.\d+\.self_attention)")
 VISION_LAYER = re.compile(r"\.(?:layers?|stages|blocks)\.(\d+)\.")
 
 
@@ -52,8 +53,9 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
     """AdamW over the trainable parameters of `model`, fused where the device has the kernel.
 
     Each group carries its `lr_scale`: weights that came from the BERT learn at `pretrained_lr_scale` of the rate, those
-    of them that only texts pass through at `text_lr_scale` of that, a trained image encoder's last layer at the whole
-    rate and each layer below at `vision_layer_decay` of it.
+    of them that only texts pass through at `text_lr_scale` of that, those that texts and queries share at
+    `shared_lr_scale` of that, a trained image encoder's last layer at the whole rate and each layer below at
+    `vision_layer_decay` of it.
     """
     layers = vision_layers(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -62,6 +64,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
             lr_scale = config.pretrained_lr_scale if started_from_bert(name) else 1.0
             if TEXT_ALONE.match(name):
                 lr_scale *= config.text_lr_scale
+            if SHARED.match(name):
+                lr_scale *= config.shared_lr_scale
             if name.startswith(VISION_PREFIX):
                 lr_scale = config.vision_layer_decay ** (layers - vision_layer(name))
             groups.setdefault((weight_decay, lr_scale), []).append(parameter)
